@@ -1,0 +1,41 @@
+"""Errors that end in one sentence for the user instead of a traceback.
+
+Every class here carries ``exit_code``: 2 for a mistake that the user can mend (a wrong file, class list, recipe or
+key), 1 for a run that had to stop (a full disk, a non-finite loss). The command line prints the message and exits
+with that code; from Python they are ordinary exceptions, and also a ``ValueError``, ``OSError`` or ``RuntimeError``
+as the kind of mistake demands.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CheckpointError", "ConfigError", "DataError", "InfoclipError", "NonFiniteLossError", "StorageError"]
+
+
+class InfoclipError(Exception):
+    """Base class: a message of one sentence that names what was expected and what to do."""
+
+    exit_code: int = 2
+
+
+class ConfigError(InfoclipError, ValueError):
+    """An unknown recipe, key or value, or settings that do not go together."""
+
+
+class DataError(InfoclipError, ValueError):
+    """A missing, unreadable or inconsistent image, mask, manifest or class list."""
+
+
+class CheckpointError(InfoclipError, ValueError):
+    """A missing, damaged or foreign checkpoint, or one of another architecture."""
+
+
+class StorageError(InfoclipError, OSError):
+    """Writing failed (full disk, missing permission); nothing half-written is left behind."""
+
+    exit_code = 1
+
+
+class NonFiniteLossError(InfoclipError, RuntimeError):
+    """The loss became NaN or infinite; names the step, the batch's files and the last good checkpoint."""
+
+    exit_code = 1
