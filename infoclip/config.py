@@ -118,6 +118,10 @@ class DataConfig:
     masks: str = "annotations/train2017"
     classes: str = "coco_stuff_171"
     """A named class list of the package, or a file: one class a line, or JSON."""
+    train_classes: str = ""
+    """Classes to train on, as a class list inside ``classes``; pixels of others become ``ignore_index``; empty: all."""
+    label_map: str = ""
+    """Folders only: annotation value -> class, a shipped benchmark's name or a JSON file; empty: values are indices."""
     ignore_index: int = 255
     split: Literal["attribute", "composition"] = "attribute"
     """Scenes only: how classes are divided into seen and unseen."""
@@ -179,12 +183,23 @@ class TrainConfig:
 
 @dataclass
 class EvalConfig:
+    """How a whole image is segmented (published values)."""
+
+    resize: int = 640
+    """Shortest side to which an image is resized before anything else; 0 keeps its size."""
+    resize_max: int = 2560
+    """The longest side may not become longer than this."""
     sliding_window: bool = True
+    """Windows and the whole image, averaged; otherwise the whole image alone."""
     size: int = 640
     """Side to which an image is squashed for the sliding window."""
     window: int = 384
     overlap: float = 0.333
     batch_size: int = 1
+    """Windows that go through the model at once."""
+    padding: Literal["none", "published"] = "none"
+    """Without sliding window: ``published`` pads images to a multiple of 32 and, like the published code, never takes
+    the padding off again, so that labels are slightly squeezed."""
 
 
 @dataclass
@@ -223,6 +238,11 @@ class Config:
         _require(self.data.workers >= 0, "data.workers", self.data.workers, "0 or more")
         _require(self.optim.lr > 0, "optim.lr", self.optim.lr, "greater than 0")
         _require(0 <= self.eval.overlap < 1, "eval.overlap", self.eval.overlap, "at least 0 and below 1")
+        _require(self.eval.resize >= 0, "eval.resize", self.eval.resize, "0 or more")
+        _require(self.eval.resize_max >= 1, "eval.resize_max", self.eval.resize_max, "at least 1")
+        _require(self.eval.size >= 1, "eval.size", self.eval.size, "at least 1")
+        _require(self.eval.window >= 1, "eval.window", self.eval.window, "at least 1")
+        _require(self.eval.batch_size >= 1, "eval.batch_size", self.eval.batch_size, "at least 1")
         _require(self.clip.image_size > 0, "clip.image_size", self.clip.image_size, "greater than 0")
         return self
 
