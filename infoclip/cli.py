@@ -1,0 +1,223 @@
+"""The command line: ``infoclip info | recipes | pretrain | train | evaluate | predict | demo``.
+
+Everything heavy is imported inside the command that needs it, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from infoclip import __version__
+from infoclip.errors import ConfigError, InfoclipError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="infoclip",
+    help="Fine-tune CLIP into open-vocabulary semantic segmentation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+pretrain_app = typer.Typer(no_args_is_help=True, help="Train a CLIP from scratch.")
+app.add_typer(pretrain_app, name="pretrain")
+
+
+def main() -> None:
+    """Entry point of the ``infoclip`` command."""
+    app()
+
+
+def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A user's mistake ends in one sentence on stderr and its exit code; an interrupt in 130."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except InfoclipError as error:
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail("interrupted.", 130)
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            where = f" ({error.filename})" if error.filename else ""
+            _fail(f"{error.strerror or error}{where}.", 1)
+
+    return run
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"infoclip {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@_guarded
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Versions, hardware, and every op with its backends: available or why not."""
+    from infoclip.info import show
+
+    show(json=as_json)
+
+
+@app.command()
+@_guarded
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show this recipe's settings.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the recipes, or one recipe's settings as the key=value that 'train' takes."""
+    from infoclip.config import config_to_dict
+    from infoclip.recipes import describe_recipe, get_recipe, list_recipes
+
+    if name is not None:
+        data = config_to_dict(get_recipe(name))
+        print(json.dumps(data, indent=2) if as_json else "\n".join(_lines(data)))
+    elif as_json:
+        print(json.dumps({recipe: describe_recipe(recipe) for recipe in list_recipes()}, indent=2))
+    else:
+        width = max(map(len, list_recipes()))
+        for recipe in list_recipes():
+            print(f"{recipe:<{width}}  {describe_recipe(recipe)}")
+
+
+@pretrain_app.command("scenes")
+@_guarded
+def pretrain_scenes(
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")] = Path("runs/scenes-clip"),
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 2000,
+    batch_size: Annotated[int, typer.Option(min=2, help="Image-caption pairs a step.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of weights, scenes and captions.")] = 0,
+) -> None:
+    """Train the tiny CLIP of the demo on generated scenes and captions."""
+    from infoclip.pretrain import pretrain_scenes as run
+
+    run(out, steps=steps, batch_size=batch_size, seed=seed)
+
+
+@app.command()
+@_guarded
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or a config.json of an earlier run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = ...,  # type: ignore[assignment]
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Train a segmentor."""
+    from infoclip.config import apply_overrides, load_config
+    from infoclip.recipes import get_recipe
+
+    base = load_config(recipe) if recipe.endswith(".json") else get_recipe(recipe)
+    config = apply_overrides(base, overrides or [])
+    from infoclip.engine.train import train as run
+
+    try:
+        result = run(config, out, resume=resume, progress=not quiet)
+    except KeyboardInterrupt:
+        _fail(f"interrupted; the same command with --resume continues {out} from its newest checkpoint.", 130)
+    speed = f", {result.images_per_second:.1f} images/s" if result.seconds else ""
+    print(f"{result.steps} steps in {result.seconds:.0f} s{speed}; the model is in {result.model_dir}")
+
+
+@app.command()
+@_guarded
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="A run, or a model folder.")],
+    data: Annotated[str, typer.Option(help="What to evaluate on; 'infoclip evaluate --help' lists it.")] = "run",
+    root: Annotated[Path | None, typer.Option(help="Folder below which the data are.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results.json.")] = None,
+) -> None:
+    """Mean IoU and its kin of a trained model on images with masks."""
+    raise ConfigError("not here yet")
+
+
+@app.command()
+@_guarded
+def predict(
+    path: Annotated[Path, typer.Argument(help="A run, or a model folder.")],
+    pictures: Annotated[list[Path], typer.Argument(help="Image files.")],
+    out: Annotated[Path, typer.Option(help="Folder for overlays, labels and JSON.")],
+    classes: Annotated[str, typer.Option(help='Class names separated by commas, "red circle, blue sky".')] = "",
+    classes_file: Annotated[
+        str | None,
+        typer.Option(
+            help="A class list: one class a line, JSON, or a shipped list's name; names may hold commas here."
+        ),
+    ] = None,
+) -> None:
+    """Segment pictures with any classes; writes an overlay, a label PNG and JSON each."""
+    from infoclip.predict import predict as run
+
+    run(path, pictures, _class_names(classes, classes_file), out)
+
+
+@app.command()
+@_guarded
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report and the models.")] = Path("runs/demo"),
+    seeds: Annotated[str, typer.Option(help="Seeds separated by commas; several give mean and spread.")] = "0",
+    split: Annotated[str, typer.Option(help="Unseen classes by attribute or by composition.")] = "attribute",
+) -> None:
+    """Train with and without InfoCLIP's objective on generated scenes; table, pictures and report."""
+    from infoclip.demo import demo as run
+
+    run(out, seeds=_seeds(seeds), split=split)
+
+
+def _class_names(text: str, file: str | None) -> list[str]:
+    from infoclip.data.classes import check_classes, load_classes
+
+    if bool(text.strip()) == (file is not None):
+        raise ConfigError('Name the classes with either --classes "red circle, blue sky" or --classes-file FILE.')
+    return load_classes(file) if file is not None else check_classes(text.split(","), "--classes")
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        seeds = [int(part) for part in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise ConfigError(f"--seeds is '{text}'; expected whole numbers such as 0,1,2.") from error
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ConfigError(f"--seeds is '{text}'; expected one or more different whole numbers.")
+    return seeds
+
+
+def _lines(data: dict[str, Any], prefix: str = "") -> list[str]:
+    lines = []
+    for key, value in data.items():
+        if isinstance(value, dict):
+            lines += _lines(value, f"{prefix}{key}.")
+        else:
+            shown = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+            lines.append(f"{prefix}{key}={str(shown).lower() if isinstance(shown, bool) else shown}")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Training: optimiser groups, the loop, logs, and checkpoints that resume exactly."""

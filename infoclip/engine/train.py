@@ -1,0 +1,559 @@
+"""Training: the segmentor's loss and the alignment terms, logs, checkpoints, and an exact resume.
+
+Everything random in a step (samples, augmentation, class choice) is drawn from the seed and the step's number, and a
+checkpoint holds the rest (weights, optimiser moments, loader position, generators, the unfinished logging window).
+On the CPU a run that is killed and resumed therefore ends with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infoclip.config import Config, config_to_dict, load_config
+from infoclip.data.classes import load_classes, load_label_map
+from infoclip.data.folders import FolderDataset
+from infoclip.data.loader import ResumableLoader
+from infoclip.data.transforms import derive_seed, training_transform
+from infoclip.engine import checkpoint as ckpt
+from infoclip.engine.environment import collect_environment, peak_memory_mib
+from infoclip.engine.log import ProgressLine, RunLog
+from infoclip.engine.optim import build_optimizer, clip_gradients, lr_factor, set_learning_rate
+from infoclip.errors import CheckpointError, ConfigError, NonFiniteLossError
+
+if TYPE_CHECKING:
+    from infoclip.clip import DenseCLIP
+
+__all__ = ["FREE_KEYS", "TrainResult", "choose_classes", "train", "training_data"]
+
+FREE_KEYS = frozenset(
+    {
+        "name",
+        "data.root",
+        "data.workers",
+        "train.device",
+        "train.threads",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.log_every",
+        "train.image_every",
+    }
+)
+"""Settings that may differ when a run is resumed: where and how it runs, not what it computes."""
+
+
+@dataclass
+class TrainResult:
+    """What :func:`train` leaves."""
+
+    out: Path
+    model_dir: Path
+    steps: int
+    seconds: float
+    """Spent in training steps by this call, without set-up; 0 when the run was already finished."""
+    images_per_second: float
+    losses: dict[str, float]
+    """The last logged losses: ``loss`` and its terms by name."""
+    peak_memory_mib: float
+
+
+def train(config: Config, out: str | Path, resume: bool = False, progress: bool = True) -> TrainResult:
+    """Train a segmentor and leave the run in ``out``.
+
+    ``out`` then holds ``config.json``, ``environment.json``, ``log.jsonl``, ``tensorboard/``,
+    ``checkpoints/step_000100/`` and, at the end, ``model/``. The caller's generators, threads and determinism settings
+    are put back afterwards.
+
+    A non-finite loss or gradient stops the run. On the CPU every step is checked before its update. On CUDA a flag is
+    kept on the device and read on logging steps and before every checkpoint, so that no step waits for it and no
+    checkpoint is ever made after the fault.
+
+    Args:
+        config: everything that decides the result (``infoclip.recipes``).
+        out: the run's folder.
+        resume: continue from the newest complete checkpoint; without one, or in a new folder, start.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ConfigError: ``out`` holds a run and ``resume`` is off, or the run had other settings.
+        DataError: the data are missing or faulty.
+        CheckpointError: CLIP's weights or the checkpoint do not fit.
+        NonFiniteLossError: with the step, the files of its batch and the last good checkpoint.
+        StorageError: the disk is full or not writable; earlier checkpoints stay whole.
+    """
+    config.validate()
+    out = Path(out)
+    _check_folder(config, out, resume)
+    device = _device(config.train.device)
+    with _process_settings(config, device):
+        run = _Run(config, out, device)
+        try:
+            return run.go(progress)
+        finally:
+            run.close()
+
+
+def training_data(config: Config, out: Path) -> FolderDataset:
+    """The training images and masks that ``config.data`` describes; scenes are written first when they are missing.
+
+    Raises:
+        DataError: folders, class list or label map are missing or faulty.
+        ConfigError: ``data.root`` is empty for folders.
+    """
+    data = config.data
+    chosen = load_classes(data.train_classes) if data.train_classes else None
+    if data.kind == "scenes":
+        from infoclip.data.scenes import SCENE_CLASSES, split_classes
+
+        root = scenes_folder(config, out)
+        if chosen is None:
+            chosen = list(split_classes(data.split)[0])
+        return FolderDataset(root / "images", root / "masks", SCENE_CLASSES, data.ignore_index, train_classes=chosen)
+    if not data.root:
+        raise ConfigError("data.root is empty; pass data.root=FOLDER, the folder that holds the images and the masks.")
+    root = Path(data.root)
+    label_map = load_label_map(data.label_map) if data.label_map else None
+    classes = load_classes(data.classes)
+    return FolderDataset(root / data.images, root / data.masks, classes, data.ignore_index, label_map, chosen)
+
+
+def scenes_folder(config: Config, out: Path) -> Path:
+    """Folder of the generated training scenes, written when missing: below ``data.root``, or below ``out``."""
+    from infoclip.data.scenes import split_classes, write_scenes
+
+    data = config.data
+    root = Path(data.root) if data.root else out / "scenes"
+    folder = root / f"train-{data.split}"
+    seen, _ = split_classes(data.split)
+    with ckpt.storage_errors(f"the scenes {folder}"):
+        write_scenes(folder, data.train_images, config.clip.image_size, data.scenes_seed, classes=seen)
+    return folder
+
+
+def choose_classes(present: Tensor, total: int, limit: int, seed: int, step: int) -> Tensor:  # [K] -> [T']
+    """Sorted indices of the classes of one step: all that are present, and random others up to ``limit``."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "classes", step))
+    order = torch.randperm(total, generator=generator)
+    others = order[~torch.isin(order, present)]
+    return torch.cat([present, others[: max(0, limit - len(present))]]).sort().values
+
+
+class _Run:
+    """One run: its parts, the loop, and what a checkpoint holds."""
+
+    def __init__(self, config: Config, out: Path, device: torch.device) -> None:
+        from infoclip.clip import TextBank
+        from infoclip.clip.templates import resolve_templates
+        from infoclip.model import build_segmentor
+
+        self.config, self.out, self.device = config, out, device
+        self.checkpoints = out / "checkpoints"
+        self.step = 0
+        self.log: RunLog | None = None
+        self.loader: ResumableLoader | None = None
+
+        torch.manual_seed(config.train.seed)
+        self.dataset = training_data(config, out)
+        self.classes = self.dataset.classes
+        self.segmentor = build_segmentor(config).to(device).train()
+        clip: DenseCLIP = self.segmentor.clip
+        self.templates = resolve_templates(config.clip.templates)
+        clip.prompt_tokens(self.classes, self.templates)  # a name that does not fit fails here, not at its first draw
+        self.bank = TextBank(clip, self.templates, None)
+        self.teacher: DenseCLIP | None = None
+        self.objective: torch.nn.Module | None = None
+        self.teacher_hash = ""
+        if config.align.method != "none":
+            from infoclip.objective import AlignmentObjective
+
+            self.teacher = clip.frozen_copy()
+            self.teacher_hash = _fingerprint(self.teacher)
+            self.objective = AlignmentObjective(config.align, clip.embed_dim).to(device).train()
+            with torch.no_grad(), self._autocast():
+                self.teacher_text = self.teacher.text_features(self.classes, self.templates).float()  # [T, P, d]
+        try:
+            self.optimizer = build_optimizer(self.segmentor, self.objective, config.optim)
+        except ValueError as error:
+            raise ConfigError(f"There is nothing to train ({error}); set clip.tune=attention or full.") from error
+        self.loader = ResumableLoader(
+            self.dataset, config.data.batch_size, config.train.seed, config.data.workers,
+            training_transform(config.data), config.data.ignore_index, pin_memory=device.type == "cuda",
+        )  # fmt: skip
+
+        # since the last logging step: sums on the device, and how many steps gave each
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.losses: dict[str, float] = {}
+        self.norms: dict[str, Tensor] = {}
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self.recent: list[tuple[int, list[str]]] = []  # batches since the last check
+
+    # The loop
+
+    def go(self, progress: bool) -> TrainResult:
+        config, total = self.config, self.config.train.steps
+        model_dir = self.out / "model"
+        self._write_heads()
+        self._restore()
+        assert self.loader is not None
+        if self.step < total:
+            self.loader.start()  # workers fork before TensorBoard and the progress bar start their threads
+        self.log = RunLog(self.out, self.step)
+        images = config.data.batch_size * config.train.grad_accumulation
+        start_step, begin = self.step, time.perf_counter()
+        self.window_begin, self.window_step, self.data_wait = begin, self.step, 0.0
+        with ProgressLine(config.name, self.step, total, progress) as bar:
+            while self.step < total:
+                picture = self._train_step()
+                self.step += 1
+                last = self.step == total
+                bar.advance()
+                save = last or self.step % config.train.checkpoint_every == 0
+                if last or self.step % config.train.log_every == 0:
+                    rate = self._log(images, begin)
+                    bar.note(self.losses["loss"], rate)
+                if picture is not None:
+                    self.log.image("train/image-truth-prediction", picture(), self.step)
+                if save:
+                    self._save()
+        seconds = time.perf_counter() - begin if self.step > start_step else 0.0
+        if start_step < total or not (model_dir / "config.json").exists():
+            from infoclip.model.checkpoint import save_model
+
+            with ckpt.storage_errors(f"the model {model_dir}"):
+                save_model(self.segmentor, config, self.classes, model_dir, {"steps": self.step})
+        rate = (self.step - start_step) * images / seconds if seconds else 0.0
+        return TrainResult(
+            self.out, model_dir, self.step, seconds, rate, self.losses, peak_memory_mib(self.device.type)
+        )
+
+    def close(self) -> None:
+        if self.loader is not None:
+            self.loader.close()
+        if self.log is not None:
+            self.log.close()
+
+    def _train_step(self) -> Any:
+        """One optimiser step; returns a function that draws the batch when a picture is due, else None."""
+        config, parts = self.config, self.config.train.grad_accumulation
+        assert self.loader is not None
+        waiting = time.perf_counter()
+        batches = [next(self.loader) for _ in range(parts)]
+        self.data_wait += time.perf_counter() - waiting
+        self.recent.append((self.step, [name for batch in batches for name in batch["files"]]))
+
+        set_learning_rate(
+            self.optimizer, lr_factor(self.step, config.train.steps, config.optim.schedule, config.optim.warmup_steps)
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        chosen = self._choose([batch["mask"] for batch in batches])
+        names = self.classes if chosen is None else [self.classes[i] for i in chosen.tolist()]
+        with self._autocast():
+            text = self._text(names, chosen)  # [T, P, d]
+        # A step's micro-batches share one pass through the text tower: gradients meet at this leaf.
+        leaf = text.detach().requires_grad_(text.requires_grad)
+        totals: dict[str, Tensor] = {}
+        picture = None
+        for batch in batches:
+            terms, draw = self._forward(batch, leaf, chosen)
+            (terms["loss"] / parts).backward()
+            for name, value in terms.items():
+                totals[name] = totals.get(name, 0.0) + value.detach() / parts
+            picture = picture or draw
+        if leaf.grad is not None:
+            text.backward(leaf.grad)
+
+        kinds = (self.step + 1) % config.train.log_every == 0 or self.step + 1 == config.train.steps
+        by_kind = clip_gradients(self.optimizer.param_groups, 0.0, "group") if kinds else {}
+        norms = clip_gradients(self.optimizer.param_groups, config.optim.clip_grad_norm, config.optim.clip_grad)
+        self.norms = {**by_kind, **norms}
+        self._watch(totals["loss"], norms)
+        self.optimizer.step()
+        for name, value in totals.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+        due = config.train.image_every > 0 and (self.step + 1) % config.train.image_every == 0
+        return picture if due else None
+
+    def _forward(self, batch: dict[str, Any], text: Tensor, chosen: Tensor | None) -> tuple[dict[str, Tensor], Any]:
+        """The losses of a batch by name (``loss`` is their sum), and a function that draws it."""
+        from infoclip.model.inference import preprocess
+        from infoclip.model.loss import segmentation_loss
+
+        config, ignore = self.config, self.config.data.ignore_index
+        mask = batch["mask"]
+        if chosen is not None:
+            table = torch.full((max(ignore, len(self.classes)) + 1,), ignore)
+            table[chosen] = torch.arange(len(chosen))
+            mask = table[mask]
+        mask = mask.to(self.device, non_blocking=True)
+        image = preprocess(batch["image"].to(self.device, non_blocking=True), self.segmentor.clip)
+        with self._autocast():
+            output = self.segmentor(image, text)
+        task = segmentation_loss(output.logits, mask, ignore, config.train.ignored)
+        terms = {"loss": task, "segmentation": task}
+        if self.teacher is not None and self.objective is not None and self.step >= config.align.start_step:
+            from infoclip.objective import Embeddings
+
+            with torch.no_grad(), self._autocast():
+                dense = self.teacher.encode_image(image).dense
+            teacher_text = self.teacher_text if chosen is None else self.teacher_text[chosen.to(self.device)]
+            result = self.objective(
+                student=Embeddings(_pixels(output.dense), text.mean(dim=1).float()),
+                teacher=Embeddings(_pixels(dense), teacher_text.mean(dim=1)),
+                step=self.step,
+            )
+            terms = {"loss": task + result.loss, "segmentation": task, **result.terms}
+
+        def draw() -> Any:
+            names = self.classes if chosen is None else [self.classes[i] for i in chosen.tolist()]
+            return _panel(batch["image"][:4], mask[:4], output.logits[:4], names, ignore)
+
+        return terms, draw
+
+    def _choose(self, masks: list[Tensor]) -> Tensor | None:
+        limit, total = self.config.data.sample_classes, len(self.classes)
+        if limit <= 0 or limit >= total:
+            return None
+        present = torch.cat([m.unique() for m in masks]).unique()
+        return choose_classes(present[present < total], total, limit, self.config.train.seed, self.step)
+
+    def _text(self, names: list[str], chosen: Tensor | None) -> Tensor:  # -> [T, P, d]
+        if self.segmentor.clip.text_frozen:
+            everything = self.bank(self.classes)
+            return everything if chosen is None else everything[chosen.to(everything.device)]
+        return self.bank(names)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.train.precision == "bf16")
+
+    # Faults
+
+    def _watch(self, loss: Tensor, norms: dict[str, Tensor]) -> None:
+        """Note a non-finite loss or gradient; on the CPU, stop before it reaches the parameters."""
+        bad = ~torch.isfinite(loss + sum(norms.values()))
+        if self.device.type == "cpu":
+            if bool(bad):
+                self._stop(self.step, float(loss))
+            self.recent.clear()
+        else:
+            self.first_bad = torch.where((self.first_bad < 0) & bad, self.step, self.first_bad)
+
+    def _check(self) -> None:
+        """Read the device's flag."""
+        if self.device.type != "cpu":
+            step = int(self.first_bad)
+            if step >= 0:
+                self._stop(step, None)
+            self.recent.clear()
+
+    def _stop(self, step: int, loss: float | None) -> None:
+        files = next((files for number, files in self.recent if number == step), [])
+        found = ckpt.latest_checkpoint(self.checkpoints)
+        good = f"the last good checkpoint is {found[1]}" if found else "there is no checkpoint yet"
+        what = "The loss or its gradient is not finite"
+        if loss is not None:
+            what = f"The loss is {loss}" if not math.isfinite(loss) else "The gradient is not finite"
+        raise NonFiniteLossError(
+            f"{what} at step {step + 1}, batch {', '.join(files)}; {good}. "
+            "Check these files, or start again with a lower optim.lr or train.precision=fp32."
+        )
+
+    # Logs and checkpoints
+
+    def _log(self, images: int, begin: float) -> float:
+        """Write the means since the last line; returns images a second."""
+        assert self.log is not None
+        self._check()
+        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        norms = {name: float(value) for name, value in self.norms.items()}
+        now = time.perf_counter()
+        steps = max(1, self.step - self.window_step)
+        rate = steps * images / max(now - self.window_begin, 1e-9)
+        self.losses = means
+        rest = dict(means)
+        self.log.write(
+            {
+                "step": self.step,
+                "loss": rest.pop("loss"),
+                "losses": rest,
+                "lr": {group["name"]: group["lr"] for group in self.optimizer.param_groups},
+                "grad_norm": norms,
+                "images_per_second": rate,
+                "data_wait_seconds": self.data_wait / steps,
+                "peak_memory_mib": peak_memory_mib(self.device.type),
+                "seconds": now - begin,
+            }
+        )
+        self.sums, self.counts = {}, {}
+        self.window_begin, self.window_step, self.data_wait = now, self.step, 0.0
+        return rate
+
+    def _save(self) -> None:
+        self._check()
+        assert self.loader is not None
+        state: dict[str, Any] = {
+            "step": self.step,
+            "teacher": self.teacher_hash,
+            "segmentor": self.segmentor.state_dict(),
+            "objective": self.objective.state_dict() if self.objective is not None else {},
+            "optimizer": {str(k): v for k, v in self.optimizer.state_dict()["state"].items()},
+            "loader": self.loader.state_dict(),
+            "window": {"sums": self.sums, "counts": self.counts, "losses": self.losses},
+            "rng": ckpt.get_rng_state(),
+        }
+        ckpt.save_checkpoint(self.checkpoints, self.step, state)
+        ckpt.prune_checkpoints(self.checkpoints, self.config.train.keep_checkpoints)
+
+    def _restore(self) -> None:
+        ckpt.remove_unfinished(self.checkpoints)
+        found = ckpt.latest_checkpoint(self.checkpoints)
+        if found is None:
+            return
+        _, path = found
+        state = ckpt.load_checkpoint(path)
+        if state["teacher"] != self.teacher_hash:
+            raise CheckpointError(
+                f"The CLIP weights '{self.config.clip.pretrained}' are not those that {self.out} started from; "
+                "put the earlier weights back, or start a new run."
+            )
+        try:
+            self.segmentor.load_state_dict(state["segmentor"])
+            if self.objective is not None:
+                self.objective.load_state_dict(state["objective"])
+            groups = self.optimizer.state_dict()["param_groups"]
+            moments = {int(k): v for k, v in state["optimizer"].items()}
+            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"The checkpoint {path} is of another architecture: {reason}") from error
+        assert self.loader is not None
+        self.loader.load_state_dict(state["loader"])
+        window = state["window"]
+        self.sums = {name: value.to(self.device) for name, value in window["sums"].items()}
+        self.counts, self.losses = window["counts"], window["losses"]
+        ckpt.set_rng_state(state["rng"])
+        self.step = state["step"]
+
+    def _write_heads(self) -> None:
+        """``config.json`` and ``environment.json``, once everything that a user can get wrong has been read."""
+        with ckpt.storage_errors(str(self.out)):
+            self.out.mkdir(parents=True, exist_ok=True)
+        path = self.out / "environment.json"
+        environment = collect_environment()
+        if path.exists():
+            try:
+                earlier = json.loads(path.read_text(encoding="utf-8"))
+                environment["earlier"] = [*earlier.pop("earlier", []), earlier]
+            except (OSError, ValueError, AttributeError):
+                pass  # only a record; the run does not depend on it
+        ckpt.atomic_write_text(path, json.dumps(environment, indent=2) + "\n")
+        text = json.dumps(config_to_dict(self.config), indent=2) + "\n"
+        ckpt.atomic_write_text(self.out / "config.json", text)
+
+
+def _check_folder(config: Config, out: Path, resume: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; expected a folder for the run.")
+    traces = [name for name in ("config.json", "log.jsonl", "checkpoints", "model") if (out / name).exists()]
+    if not traces:
+        return
+    if not resume:
+        raise ConfigError(f"{out} already holds a run; pass --resume to continue it, or choose another --out.")
+    before, now = dict(_flat(config_to_dict(load_config(out / "config.json")))), dict(_flat(config_to_dict(config)))
+    changed = [key for key in now if now[key] != before.get(key) and key not in FREE_KEYS]
+    if changed:
+        listed = ", ".join(f"{key} (was {before.get(key)!r}, now {now[key]!r})" for key in changed)
+        raise ConfigError(
+            f"{out} was started with other settings: {listed}; resume with the same settings, or choose another --out."
+        )
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"train.device is '{name}'; expected auto, cpu or cuda.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"train.device is '{name}'; expected auto, cpu or cuda.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"train.device is '{name}', but torch finds no CUDA device; pass train.device=cpu.")
+    return device
+
+
+@contextmanager
+def _process_settings(config: Config, device: torch.device) -> Iterator[None]:
+    """Threads, determinism and generators as the run wants them, and afterwards as they were.
+
+    Deterministic algorithms are enforced on the CPU; on CUDA the backward of bilinear resizing has none.
+    """
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    devices = list(range(torch.cuda.device_count())) if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            if config.train.threads:
+                torch.set_num_threads(config.train.threads)
+            if device.type == "cpu":
+                torch.use_deterministic_algorithms(True)
+                torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+                torch.cuda.reset_peak_memory_stats()
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+            torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def _pixels(dense: Tensor) -> Tensor:  # [B, d, h, w] -> [B, n, d]
+    return dense.flatten(2).transpose(1, 2).float()
+
+
+def _fingerprint(module: torch.nn.Module) -> str:
+    """Hash of the module's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _panel(image: Tensor, mask: Tensor, logits: Tensor, names: list[str], ignore: int) -> Any:
+    """Rows of image, truth and prediction, [H, W, 3] uint8."""
+    import numpy as np
+
+    from infoclip.report.overlay import overlay
+
+    size = mask.shape[-2:]
+    prediction = F.interpolate(logits.detach().float(), size=size, mode="bilinear", align_corners=False).argmax(dim=1)
+    rows = []
+    for picture, truth, guess in zip(image, mask.cpu(), prediction.cpu(), strict=True):
+        pixels = picture.permute(1, 2, 0).numpy()
+        drawn = [np.asarray(overlay(pixels, labels.numpy(), names, legend=False)) for labels in (truth, guess)]
+        rows.append(np.concatenate([pixels, *drawn], axis=1))
+    return np.concatenate(rows, axis=0)
