@@ -28,6 +28,7 @@ KINDS: dict[str, str] = {
     "optim": "parity_model:check_optim",
     "renyi_infosam": "parity_objective:check_renyi_infosam",
     "rc": "parity_objective:check_rc",
+    "metrics": "parity_metrics:check_metrics",
 }
 """Check of each kind of case, as ``module:function`` (imported when a case of the kind is met)."""
 
@@ -100,7 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{case.name:<34} {middle} {seconds:>6.1f}  {result}{': ' + remark if remark else ''}", flush=True)
         if options.verbose:
             for row in sorted(rows, key=lambda r: -r.share)[: max(3, sum(not r.ok for r in rows))]:
-                print(f"    {'ok  ' if row.ok else 'FAIL'} {row.name}: error {row.error:.2e}, {row.tolerance:.2e} allowed")
+                print(
+                    f"    {'ok  ' if row.ok else 'FAIL'} {row.name}: error {row.error:.2e}, {row.tolerance:.2e} allowed"
+                )
     print(f"{counts['pass']} passed, {counts['FAIL']} failed, {counts['skipped']} skipped")
     return 1 if counts["FAIL"] else 0
 

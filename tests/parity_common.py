@@ -152,7 +152,7 @@ class Case:
             got = torch.zeros_like(want)
         return Row(
             name,
-            got.detach(),
+            got.detach().clone(),  # the caller may go on to change it
             want,
             kind or ("grad" if name.startswith("grad.") else "value"),
             entry.get("fp32_vs_fp64_max_abs_err"),

@@ -198,7 +198,8 @@ def _segmentor_of(case: Case) -> Segmentor:
     state = case.prefixed("sd.")
     prefix = CATSEG_PREFIXES["clip."]
     vision, text = (
-        max(int(k.split("resblocks.")[1].split(".")[0]) for k in state if k.startswith(f"{prefix}{tower}resblocks.")) + 1
+        max(int(k.split("resblocks.")[1].split(".")[0]) for k in state if k.startswith(f"{prefix}{tower}resblocks."))
+        + 1
         for tower in ("visual.transformer.", "transformer.")
     )
     context, _ = state[prefix + "positional_embedding"].shape

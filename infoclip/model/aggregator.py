@@ -36,9 +36,7 @@ def _cost_volume(
 class SpatialAggregation(nn.Module):
     """Two Swin blocks over each class's map, the second one shifted by half a window, guided by the image."""
 
-    def __init__(
-        self, dim: int, guidance_dim: int, num_heads: int, window: int, resolution: tuple[int, int]
-    ) -> None:
+    def __init__(self, dim: int, guidance_dim: int, num_heads: int, window: int, resolution: tuple[int, int]) -> None:
         super().__init__()
         self.block_1 = SwinBlock(dim, guidance_dim, num_heads, window, 0, resolution)
         self.block_2 = SwinBlock(dim, guidance_dim, num_heads, window, window // 2, resolution)
@@ -270,7 +268,8 @@ class Aggregator(nn.Module):
         y = self.decoder2(self.decoder1(y, projected[0]), projected[1])
         # The bias apart from the convolution: its gradient sums every logit of the batch, which the convolution's own
         # backward does term by term on the CPU and addition's backward pairwise, with far less rounding.
-        y = F.conv2d(y, self.head.weight, padding=self.head.padding)[:, 0] + self.head.bias  # type: ignore[arg-type]
+        assert self.head.bias is not None
+        y = F.conv2d(y, self.head.weight, padding=1)[:, 0] + self.head.bias
         return y.view(b, t, *y.shape[-2:])
 
     def _check(self, image_feats: Tensor, text_feats: Tensor, guidance: Sequence[Tensor]) -> None:

@@ -127,10 +127,16 @@ class SwinBlock(nn.Module):
         self.attn = WindowAttention(dim, guidance_dim, num_heads)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim)
-        side, offset = window_and_shift(*resolution, window, shift)
-        mask = window_mask(*resolution, side, offset) if offset > 0 else None
-        # A copy: loading or moving the module must not change the cached mask.
-        self.register_buffer("attn_mask", None if mask is None else mask.clone())
+        self.attn_mask: Tensor | None
+        self.register_buffer("attn_mask", None)
+        self.reset_mask()
+
+    def reset_mask(self) -> None:
+        """Set the stored mask, on the parameters' device, to what the usual grid demands."""
+        window, shift = window_and_shift(*self.resolution, self.window, self.shift)
+        mask = window_mask(*self.resolution, window, shift) if shift > 0 else None
+        # A copy: loading into the module must not change the cached mask.
+        self.attn_mask = None if mask is None else mask.to(self.norm1.weight.device, copy=True)
 
     def mask_for(self, height: int, width: int, device: torch.device) -> Tensor | None:
         """The mask for a grid: the stored one on the usual grid, else the derived one."""

@@ -196,8 +196,8 @@ def sliding_window_scores(
                 summed[:, y : y + window, x : x + window] += view
                 count[y : y + window, x : x + window] += 1
         whole = _view_scores(segmentor, _resize(pixels, window), text)
-    scores = (summed.div_(count)[None] + _resize(whole, size)) / 2
-    return _resize(scores, output_size or (image.shape[-2], image.shape[-1]))[0]
+    scores = summed.div_(count).add_(_resize(whole, size)[0]).div_(2)  # in place: hundreds of classes are gigabytes
+    return _resize(scores[None], output_size or (image.shape[-2], image.shape[-1]))[0]
 
 
 def window_starts(size: int, window: int, overlap: float) -> list[int]:

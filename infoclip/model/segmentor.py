@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from infoclip.config import Config, ModelConfig
 from infoclip.model.aggregator import Aggregator
+from infoclip.model.attention import SwinBlock
 
 if TYPE_CHECKING:
     from infoclip.clip import DenseCLIP
@@ -97,6 +98,9 @@ class Segmentor(nn.Module):
             raise ValueError("the weights are of another architecture: " + "; ".join(faults))
         back = {theirs: ours for ours, theirs in CATSEG_PREFIXES.items()}
         self.load_state_dict({_rename(k, back): v for k, v in state.items() if k not in derived}, strict=False)
+        for module in self.modules():
+            if isinstance(module, SwinBlock):
+                module.reset_mask()
 
 
 def build_segmentor(config: Config) -> Segmentor:

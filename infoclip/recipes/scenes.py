@@ -63,7 +63,7 @@ def scenes() -> Config:
         # One norm for each of head, CLIP and alignment module: jointly, the alignment's gradient starves the head.
         optim=OptimConfig(lr=2e-3, clip_lr_multiplier=0.1, clip_grad="group"),
         train=TrainConfig(steps=400, ignored="masked", checkpoint_every=100, log_every=10, image_every=100),
-        eval=EvalConfig(sliding_window=False, size=96, window=96, batch_size=8),
+        eval=EvalConfig(resize=96, sliding_window=False, size=96, window=96, batch_size=8),
     )
 
 

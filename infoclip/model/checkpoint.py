@@ -1,0 +1,257 @@
+"""A model directory: ``config.json``, ``model.safetensors`` (CAT-Seg names, float32) and ``classes.json``.
+
+It is complete or not there: written beside its place, flushed to the disk, and renamed; a directory that is replaced
+changes in one step. What a config names by path (templates, a CLIP architecture) is copied in, so that the directory
+can be moved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from infoclip.config import ClipConfig, Config, load_config, save_config
+from infoclip.errors import CheckpointError, ConfigError, StorageError
+from infoclip.model.segmentor import Segmentor, build_segmentor
+
+__all__ = ["LoadedModel", "load_model", "save_model"]
+
+WEIGHTS, CONFIG, CLASSES, EXTRA = "model.safetensors", "config.json", "classes.json", "extra.json"
+TEMPLATES, ARCHITECTURE = "templates.txt", "clip.json"
+FORMAT = "infoclip-segmentor"
+
+
+@dataclass
+class LoadedModel:
+    """A model directory's content; ``segmentor`` is in evaluation mode on the CPU."""
+
+    segmentor: Segmentor
+    config: Config
+    classes: list[str]
+    extra: dict[str, Any]
+
+
+def save_model(
+    segmentor: Segmentor,
+    config: Config,
+    classes: Sequence[str],
+    directory: str | Path,
+    extra: dict[str, Any] | None = None,
+) -> Path:
+    """Write a model directory; one that is there already is replaced in one step.
+
+    Args:
+        classes: the class names that the model was trained on.
+        extra: anything that JSON can hold, kept in ``extra.json``.
+
+    Returns:
+        The directory.
+
+    Raises:
+        StorageError: writing failed (full disk, missing permission); an existing directory is then as it was, and
+            nothing else is left.
+    """
+    target = Path(directory).absolute()
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        _write(segmentor, config, list(classes), temporary, extra)
+        _flush(temporary)
+        _replace(temporary, target)
+    except (OSError, SafetensorError) as error:
+        reason = (os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)).rstrip(".")
+        raise StorageError(
+            f"Cannot write the model {target}: {reason}; free some space or choose another place and run again."
+        ) from error
+    finally:
+        # Also the directory that was replaced: after the exchange it bears the temporary name.
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def load_model(path: str | Path) -> LoadedModel:
+    """Read a model directory, or the ``model`` directory of a run.
+
+    The CLIP's own weights come from the directory: nothing is downloaded.
+
+    Raises:
+        CheckpointError: no model there, or one that is incomplete, damaged, foreign or of another architecture than its
+            config says.
+    """
+    directory = _find(Path(path))
+    try:
+        config = load_config(directory / CONFIG)
+    except ConfigError as error:
+        raise CheckpointError(f"{directory} holds no usable model: {error}") from error
+    classes = _read_classes(directory / CLASSES)
+    state, metadata = _read_weights(directory / WEIGHTS)
+    extra = _read_json(directory / EXTRA, dict) if (directory / EXTRA).exists() else {}
+    clip = _with_copies(config.clip, directory)
+    config = dataclasses.replace(config, clip=clip)
+    try:
+        with torch.random.fork_rng(devices=[]):  # random weights are drawn only to be replaced
+            segmentor = build_segmentor(dataclasses.replace(config, clip=dataclasses.replace(clip, pretrained="")))
+        segmentor.load_catseg_state_dict(state)
+    except ConfigError as error:
+        raise CheckpointError(f"{directory / CONFIG} describes a model that cannot be built: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"{directory / WEIGHTS} does not fit {directory / CONFIG}: {error}; use the config and the weights of one"
+            " and the same run."
+        ) from error
+    if "mean" in metadata and "std" in metadata:  # they go with CLIP's own weights, which are not read here
+        segmentor.clip.mean = tuple(json.loads(metadata["mean"]))
+        segmentor.clip.std = tuple(json.loads(metadata["std"]))
+    segmentor.eval()
+    return LoadedModel(segmentor, config, classes, extra)
+
+
+def _write(segmentor: Segmentor, config: Config, classes: list[str], directory: Path, extra: Any) -> None:
+    clip = dataclasses.replace(config.clip)
+    if _is_file(clip.templates):
+        shutil.copyfile(clip.templates, directory / TEMPLATES)
+        clip.templates = TEMPLATES
+    if _is_file(clip.model):
+        shutil.copyfile(clip.model, directory / ARCHITECTURE)
+        clip.model = ARCHITECTURE
+    save_config(dataclasses.replace(config, clip=clip), directory / CONFIG)
+    (directory / CLASSES).write_text(json.dumps(classes, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if extra is not None:
+        (directory / EXTRA).write_text(json.dumps(extra, indent=1) + "\n", encoding="utf-8")
+    state = {k: _storable(v) for k, v in segmentor.state_dict_catseg().items()}
+    pixels = {"mean": json.dumps(list(segmentor.clip.mean)), "std": json.dumps(list(segmentor.clip.std))}
+    save_file(state, directory / WEIGHTS, metadata={"format": "pt", "infoclip": FORMAT, **pixels})
+
+
+def _storable(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
+    return tensor.clone(memory_format=torch.contiguous_format)  # no memory shared between entries
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:
+        return False
+
+
+def _with_copies(clip: ClipConfig, directory: Path) -> ClipConfig:
+    """The settings with the copies that :func:`_write` made in the directory."""
+    clip = dataclasses.replace(clip)
+    if clip.templates == TEMPLATES:
+        clip.templates = str(directory / TEMPLATES)
+    if clip.model == ARCHITECTURE:
+        clip.model = str(directory / ARCHITECTURE)
+    return clip
+
+
+def _flush(directory: Path) -> None:
+    """Everything in the directory, and its list of names, to the disk."""
+    for path in [*directory.iterdir(), directory]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _replace(new: Path, target: Path) -> None:
+    """Put ``new`` in the place of ``target``, if that exists in exchange for it, and flush the parent directory."""
+    if not target.exists():
+        new.rename(target)
+    elif not _exchange(new, target):
+        # No exchange on this file system: for a moment neither is there, but both are on the disk.
+        old = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.old"
+        target.rename(old)
+        try:
+            new.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    handle = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two paths in one step (Linux); False where kernel, library or file system cannot."""
+    at_fdcwd, rename_exchange = -100, 2
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    if renameat2(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+def _find(path: Path) -> Path:
+    """The model directory that a path means."""
+    if not path.exists():
+        raise CheckpointError(f"There is no model at {path}; give a run's directory or its 'model' directory.")
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file; give the model's directory, which holds {CONFIG} and {WEIGHTS}.")
+    directory = path
+    with contextlib.suppress(OSError):
+        if not (path / WEIGHTS).exists() and (path / "model").is_dir():
+            directory = path / "model"
+    missing = [name for name in (WEIGHTS, CONFIG, CLASSES) if not (directory / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{directory} is no model: it lacks {', '.join(missing)}; give the directory of a finished run or its"
+            " 'model' directory."
+        )
+    return directory
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or not a safetensors file ({error}); copy it again or train again."
+        ) from error
+    if metadata.get("infoclip") not in (FORMAT, None):
+        raise CheckpointError(f"{path} holds '{metadata['infoclip']}' weights; expected a segmentor ('{FORMAT}').")
+    return state, metadata
+
+
+def _read_classes(path: Path) -> list[str]:
+    classes = _read_json(path, list)
+    if not all(isinstance(name, str) for name in classes):
+        raise CheckpointError(f"{path} is not a class list; expected a JSON list of names.")
+    return classes
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"Cannot read {path}: {error}; copy the model again or train again.") from error
+    if not isinstance(data, kind):
+        raise CheckpointError(f"{path} is not what a model directory holds; expected a JSON {kind.__name__}.")
+    return data
