@@ -1,0 +1,61 @@
+"""A folder of random images and masks, a CLIP of a few thousand weights, and the settings of a run of seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from infoclip.config import AlignConfig, ClipConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+
+__all__ = ["CLASSES", "tiny_config", "write_folders"]
+
+CLASSES = ["red circle", "blue square", "grass", "sand", "water"]
+
+_CLIP = {
+    "embed_dim": 32,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "layers": 3, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+
+
+def write_folders(root: Path, count: int = 7, size: tuple[int, int] = (40, 48)) -> Path:
+    """``root/images``, ``root/masks`` (with some ignored pixels) and ``root/classes.txt``."""
+    random = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)).save(root / f"images/{i}.png")
+        mask = random.integers(0, len(CLASSES), size, dtype=np.uint8)
+        mask[:3] = 255
+        Image.fromarray(mask).save(root / f"masks/{i}.png")
+    (root / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    return root
+
+
+def tiny_config(root: Path, align: AlignConfig | None = None, **train: object) -> Config:
+    """Settings over :func:`write_folders`'s data that exercise class sampling, augmentation and tuned text."""
+    clip = root / "clip.json"
+    clip.write_text(json.dumps(_CLIP))
+    values: dict[str, object] = {
+        "steps": 8, "checkpoint_every": 3, "log_every": 1, "image_every": 0, "threads": 1, "device": "cpu",
+    }  # fmt: skip
+    return Config(
+        name="tiny",
+        clip=ClipConfig(model=str(clip), pretrained="", image_size=32),
+        model=ModelConfig(
+            hidden_dim=16, num_layers=1, num_heads=2, window_size=2, pad_len=0, text_guidance_proj_dim=16,
+            appearance_guidance_proj_dim=16, decoder_dims=(16, 16), decoder_guidance_dims=(16, 16),
+            decoder_guidance_proj_dims=(8, 8),
+        ),
+        align=align or AlignConfig(method="none"),
+        data=DataConfig(
+            root=str(root), images="images", masks="masks", classes=str(root / "classes.txt"), resize=36, crop=32,
+            sample_classes=4, batch_size=2, workers=0,
+        ),
+        optim=OptimConfig(lr=1e-3, clip_lr_multiplier=0.1),
+        train=TrainConfig(**{**values, **train}),  # type: ignore[arg-type]
+    )  # fmt: skip
