@@ -22,7 +22,7 @@ from parity_common import Case, CaseError, Check, Row, SkipCase, load_case
 
 KINDS: dict[str, str] = {
     "clip_dense": "parity_model:check_clip_dense",
-    "tokenizer": "parity_clip:check_tokenizer",
+    "tokenizer": "parity_model:check_tokenizer",
     "aggregator": "parity_model:check_aggregator",
     "catseg_model": "parity_model:check_catseg_model",
     "optim": "parity_model:check_optim",
@@ -73,7 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("directory", type=Path, metavar="DIR", help="folder with NAME.json and NAME.safetensors")
     parser.add_argument("--only", default="", metavar="PREFIX", help="only cases whose name starts with PREFIX")
     parser.add_argument("-v", "--verbose", action="store_true", help="list failing tensors and the worst passing ones")
+    parser.add_argument("--device", default="cpu", help="where to compute (default: cpu, as recorded)")
     options = parser.parse_args(arguments)
+    try:
+        torch.zeros(1, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        print(f"error: cannot compute on '{options.device}': {str(error).partition(chr(10))[0]}", file=sys.stderr)
+        return 2
+    # TensorFloat-32, the default of CUDA convolutions, keeps 11 bits: far less than the recorded tolerances.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     paths = sorted(p for p in options.directory.glob("*.json") if p.name.startswith(options.only))
     if not paths:
         what = f"{options.directory} is not a folder" if not options.directory.is_dir() else "no parity case found"
@@ -87,7 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case = load_case(path)
             # Sums over many terms depend on how threads cut them: as many threads as when the case was recorded.
             torch.set_num_threads(int(case.info.get("made_with", {}).get("threads", torch.get_num_threads())))
-            result, rows, remark = run_case(case)
+            case.tensors = {name: tensor.to(options.device) for name, tensor in case.tensors.items()}
+            with torch.device(options.device):  # models that a check builds are built there
+                result, rows, remark = run_case(case)
         except CaseError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from infoclip.clip import Architecture, DenseCLIP, Tower
 from infoclip.config import ModelConfig, OptimConfig
 from infoclip.engine.optim import clip_gradients, group_parameters, lr_factor, set_learning_rate
+from infoclip.errors import DataError
 from infoclip.model.aggregator import Aggregator
 from infoclip.model.inference import plain_scores, preprocess, sliding_window_scores
 from infoclip.model.loss import segmentation_loss
 from infoclip.model.segmentor import CATSEG_PREFIXES, Segmentor, catseg_name
 
-__all__ = ["check_aggregator", "check_catseg_model", "check_clip_dense", "check_optim"]
+__all__ = ["check_aggregator", "check_catseg_model", "check_clip_dense", "check_optim", "check_tokenizer"]
 
 
 def check_aggregator(case: Case) -> list[Row]:
@@ -246,3 +247,26 @@ def check_clip_dense(case: Case) -> list[Row]:
     from parity_clip import check_clip_dense as compare
 
     return [case.row(name, got) for name, got, _ in compare(case.tensors, case.info)]
+
+
+def check_tokenizer(case: Case) -> list[Row]:
+    """Token ids of every text: CAT-Seg's, and a refusal where CAT-Seg refuses (too long).
+
+    Where the two recorded tokenizers differ although neither refuses (special strings written out in a text), the ids
+    are open_clip's, whose vocabulary object is used.
+    """
+    from open_clip.tokenizer import SimpleTokenizer
+
+    h, data = case.hyper, case.data
+    arch = Architecture(8, Tower(8, 2, 1, 8), Tower(8, 1, 1, 8), 4, (1, 1), h["context_length"], h["vocab"])
+    clip = DenseCLIP(arch, guidance_layers=(0, 0), tokenizer=SimpleTokenizer(context_length=h["context_length"]))
+    catseg, openclip = case.tensor("out.catseg_ids"), case.tensor("out.openclip_ids")
+    rows = []
+    for i, (text, fault) in enumerate(zip(data["texts"], data["catseg_errors"], strict=True)):
+        want = openclip[i] if i in data["differs_between_peers"] and not fault else catseg[i]
+        try:
+            got = clip.tokenize([text])[0]
+        except DataError:
+            got = torch.full_like(want, -1)  # how a refusal is recorded
+        rows.append(Row(f"ids {i}: {text[:30]!r}", got, want))
+    return rows

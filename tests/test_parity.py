@@ -101,6 +101,8 @@ def test_program_refuses_what_it_cannot_read(tmp_path: Path, capsys) -> None:
 
     assert "not a folder" in error(tmp_path / "nowhere")
     assert "no parity case found" in error(tmp_path)
+    assert parity.main([str(GOLDEN), "--device", "abacus"]) == 2
+    assert "cannot compute on 'abacus'" in capsys.readouterr().err
     copy_case("aggregator.noguidance", tmp_path)
     weights = tmp_path / "aggregator.noguidance.safetensors"
     data = weights.read_bytes()
