@@ -19,6 +19,12 @@ from infoclip.errors import ConfigError, InfoclipError
 
 __all__ = ["app", "main"]
 
+_BENCHMARKS = {
+    "ade20k_150": ("ADEChallengeData2016/images/validation", "ADEChallengeData2016/annotations/validation"),
+    "coco_stuff_171": ("coco-stuff/images/val2017", "coco-stuff/annotations/val2017"),
+}
+"""Image and mask folders of benchmarks whose annotations can be read as they are published."""
+
 app = typer.Typer(
     name="infoclip",
     help="Fine-tune CLIP into open-vocabulary semantic segmentation.",
@@ -149,12 +155,52 @@ def train(
 @_guarded
 def evaluate(
     path: Annotated[Path, typer.Argument(help="A run, or a model folder.")],
-    data: Annotated[str, typer.Option(help="What to evaluate on; 'infoclip evaluate --help' lists it.")] = "run",
-    root: Annotated[Path | None, typer.Option(help="Folder below which the data are.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for results.json.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Test settings to change: sliding_window=false."),
+    ] = None,
+    root: Annotated[Path, typer.Option(help="Folder below which the data are.")] = Path(),
+    data: Annotated[
+        str, typer.Option(help="A benchmark in its published folders below the root: ade20k_150, coco_stuff_171.")
+    ] = "",
+    images: Annotated[str, typer.Option(help="Folder of images, below the root.")] = "images",
+    masks: Annotated[str, typer.Option(help="Folder of masks, below the root.")] = "masks",
+    classes: Annotated[
+        str, typer.Option(help="Class list: a shipped name or a file. Default: classes.json of the root.")
+    ] = "",
+    label_map: Annotated[str, typer.Option(help="Annotation value -> class: a shipped name or a JSON file.")] = "",
+    ignore_index: Annotated[int, typer.Option(help="Mask value without a label.")] = 255,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Write the result as JSON here.")] = None,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Also a table of all classes.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Mean IoU and its kin of a trained model on images with masks."""
-    raise ConfigError("not here yet")
+    if data:
+        if data not in _BENCHMARKS:
+            raise ConfigError(f"--data is '{data}'; expected one of {', '.join(_BENCHMARKS)}, or --images and --masks.")
+        images, masks = _BENCHMARKS[data]
+        classes, label_map = data, data
+    from rich.console import Console
+
+    from infoclip.evaluate.run import evaluate_folder
+
+    result = evaluate_folder(
+        path,
+        root / images,
+        root / masks,
+        classes or root / "classes.json",
+        label_map=label_map or None,
+        ignore_index=ignore_index,
+        overrides=overrides or [],
+        device=device,
+        out=out,
+        progress=not quiet,
+    )
+    console = Console()
+    console.print(result.summary_table())
+    if per_class:
+        console.print(result.class_table())
 
 
 @app.command()
@@ -172,9 +218,10 @@ def predict(
     ] = None,
 ) -> None:
     """Segment pictures with any classes; writes an overlay, a label PNG and JSON each."""
+    names = _class_names(classes, classes_file)
     from infoclip.predict import predict as run
 
-    run(path, pictures, _class_names(classes, classes_file), out)
+    run(path, pictures, names, out)
 
 
 @app.command()
@@ -185,9 +232,10 @@ def demo(
     split: Annotated[str, typer.Option(help="Unseen classes by attribute or by composition.")] = "attribute",
 ) -> None:
     """Train with and without InfoCLIP's objective on generated scenes; table, pictures and report."""
+    numbers = _seeds(seeds)
     from infoclip.demo import demo as run
 
-    run(out, seeds=_seeds(seeds), split=split)
+    run(out, seeds=numbers, split=split)
 
 
 def _class_names(text: str, file: str | None) -> list[str]:

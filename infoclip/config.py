@@ -218,19 +218,41 @@ class Config:
     def validate(self) -> Config:
         """Return self, or raise :class:`ConfigError` naming the first setting that cannot work."""
         m = self.model
-        _require(m.hidden_dim > 0 and m.hidden_dim % m.num_heads == 0, "model.hidden_dim", m.hidden_dim,
-                 f"a positive multiple of model.num_heads ({m.num_heads})")
-        _require(len(m.decoder_dims) == len(m.decoder_guidance_dims) == len(m.decoder_guidance_proj_dims) == 2,
-                 "model.decoder_dims", m.decoder_dims, "two entries, as decoder_guidance_dims and ..._proj_dims")
-        _require(all(d % 16 == 0 for d in m.decoder_dims), "model.decoder_dims", m.decoder_dims,
-                 "multiples of 16 (the width of a normalisation group)")
+        _require(
+            m.hidden_dim > 0 and m.hidden_dim % m.num_heads == 0,
+            "model.hidden_dim",
+            m.hidden_dim,
+            f"a positive multiple of model.num_heads ({m.num_heads})",
+        )
+        _require(
+            len(m.decoder_dims) == len(m.decoder_guidance_dims) == len(m.decoder_guidance_proj_dims) == 2,
+            "model.decoder_dims",
+            m.decoder_dims,
+            "two entries, as decoder_guidance_dims and ..._proj_dims",
+        )
+        _require(
+            all(d % 16 == 0 for d in m.decoder_dims),
+            "model.decoder_dims",
+            m.decoder_dims,
+            "multiples of 16 (the width of a normalisation group)",
+        )
+        for name, narrow, wide in zip(
+            ("first", "second"), m.decoder_guidance_proj_dims, (m.hidden_dim, m.decoder_dims[0]), strict=True
+        ):
+            _require(
+                0 <= narrow < wide,
+                "model.decoder_guidance_proj_dims",
+                m.decoder_guidance_proj_dims,
+                f"the {name} below the {wide} channels that it joins",
+            )
         _require(m.pooling_train >= 1 and m.pooling_eval >= 1, "model.pooling_train", m.pooling_train, "at least 1")
         _require(m.pad_len >= 0, "model.pad_len", m.pad_len, "0 or more")
         _require(self.align.alpha > 0, "align.alpha", self.align.alpha, "greater than 0")
         _require(self.align.temperature > 0, "align.temperature", self.align.temperature, "greater than 0")
         _require(self.train.steps >= 1, "train.steps", self.train.steps, "at least 1")
-        _require(self.train.grad_accumulation >= 1, "train.grad_accumulation", self.train.grad_accumulation,
-                 "at least 1")
+        _require(
+            self.train.grad_accumulation >= 1, "train.grad_accumulation", self.train.grad_accumulation, "at least 1"
+        )
         _require(self.train.checkpoint_every >= 1, "train.checkpoint_every", self.train.checkpoint_every, "at least 1")
         _require(self.train.keep_checkpoints >= 1, "train.keep_checkpoints", self.train.keep_checkpoints, "at least 1")
         _require(self.train.log_every >= 1, "train.log_every", self.train.log_every, "at least 1")
@@ -330,7 +352,16 @@ def _parse(text: str, kind: Any, path: str) -> Any:
     if kind is str or typing.get_origin(kind) is Literal:
         return text
     if kind is bool:
-        values = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+        values = {
+            "true": True,
+            "1": True,
+            "yes": True,
+            "on": True,
+            "false": False,
+            "0": False,
+            "no": False,
+            "off": False,
+        }
         if text.lower() not in values:
             raise ConfigError(f"{path} is '{text}'; expected true or false.")
         return values[text.lower()]
@@ -365,7 +396,9 @@ def _build(cls: Any, data: Any, prefix: str) -> Any:
     for key in data:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1)
-            raise ConfigError(f"Unknown key '{prefix}{key}'" + (f"; did you mean '{prefix}{near[0]}'?" if near else "."))
+            raise ConfigError(
+                f"Unknown key '{prefix}{key}'" + (f"; did you mean '{prefix}{near[0]}'?" if near else ".")
+            )
     values = {}
     for key, value in data.items():
         kind = hints[key]

@@ -135,10 +135,13 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
         shutil.rmtree(gone, ignore_errors=True)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed run left under temporary names."""
-    for path in folder.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(path, ignore_errors=True)
+def remove_unfinished(out: Path) -> None:
+    """Remove what a killed run left under temporary names in its folder and among its checkpoints."""
+    for path in [*out.glob(".*.tmp"), *(out / "checkpoints").glob(f"{_TEMPORARY}*")]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -193,10 +196,8 @@ def storage_errors(what: str) -> Iterator[None]:
                 f"Cannot write {what}: {cause.strerror or cause}; {hint} and run again "
                 "(--resume continues from the last complete checkpoint)."
             ) from error
-        if isinstance(cause, RuntimeError) and any(
-            w in str(cause).lower() for w in ("pytorchstreamwriter", "write", "space")
-        ):
-            raise StorageError(f"Cannot write {what}: {cause}; is the disk full?") from error
+        if isinstance(cause, RuntimeError) and "inline_container" in str(cause):  # torch.save's own writer
+            raise StorageError(f"Cannot write {what}: {_reason(cause)}; is the disk full?") from error
         raise
 
 
@@ -245,11 +246,19 @@ def _unflatten(flat: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The error inside a torch CheckpointException (which carries one a rank)."""
+    """What began it: the error of the first rank in a torch CheckpointException, and an OSError that it hides.
+
+    A full disk first raises an OSError and then, while the file is closed, a RuntimeError of torch.save.
+    """
     failures = getattr(error, "failures", None)
     if failures:
         first = next(iter(failures.values()))
-        return first[0] if isinstance(first, tuple) else first
+        error = first[0] if isinstance(first, tuple) else first
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError):
+            return link
+        link = link.__cause__ or link.__context__
     return error
 
 

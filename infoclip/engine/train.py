@@ -30,7 +30,7 @@ from infoclip.engine import checkpoint as ckpt
 from infoclip.engine.environment import collect_environment, peak_memory_mib
 from infoclip.engine.log import ProgressLine, RunLog
 from infoclip.engine.optim import build_optimizer, clip_gradients, lr_factor, set_learning_rate
-from infoclip.errors import CheckpointError, ConfigError, NonFiniteLossError
+from infoclip.errors import CheckpointError, ConfigError, InfoclipError, NonFiniteLossError
 
 if TYPE_CHECKING:
     from infoclip.clip import DenseCLIP
@@ -166,7 +166,12 @@ class _Run:
         torch.manual_seed(config.train.seed)
         self.dataset = training_data(config, out)
         self.classes = self.dataset.classes
-        self.segmentor = build_segmentor(config).to(device).train()
+        try:
+            self.segmentor = build_segmentor(config).to(device).train()
+        except InfoclipError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"These model settings do not go together: {error}.") from error
         clip: DenseCLIP = self.segmentor.clip
         self.templates = resolve_templates(config.clip.templates)
         clip.prompt_tokens(self.classes, self.templates)  # a name that does not fit fails here, not at its first draw
@@ -417,7 +422,7 @@ class _Run:
         ckpt.prune_checkpoints(self.checkpoints, self.config.train.keep_checkpoints)
 
     def _restore(self) -> None:
-        ckpt.remove_unfinished(self.checkpoints)
+        ckpt.remove_unfinished(self.out)
         found = ckpt.latest_checkpoint(self.checkpoints)
         if found is None:
             return
