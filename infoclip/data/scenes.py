@@ -1,13 +1,13 @@
 """Generated scenes: coloured, textured shapes on four kinds of ground, with exact masks and captions.
 
-52 classes: 48 objects (4 colours x 3 textures x 4 shapes, such as "red striped circle") and 4 backgrounds. Everything is
-computed for whole batches at once. Two properties are promised:
+52 classes: 48 objects (4 colours x 3 textures x 4 shapes, such as "red striped circle") and 4 backgrounds. Everything
+is computed for whole batches at once. Two properties are promised:
 
 - **The same bits everywhere.** A picture depends on the seed, the side and its index alone: not on the machine, the
   number of threads or how many pictures are asked for. Only arithmetic that IEEE 754 fixes is used on pixels (no
   sin, exp, normal draws or reductions, whose last bits depend on the processor).
-- **Exact masks.** A pixel belongs to an object where its centre lies inside the shape; edges are smoothed in the picture
-  alone.
+- **Exact masks.** A pixel belongs to an object where its centre lies inside the shape; edges are smoothed in the
+  picture alone.
 """
 
 from __future__ import annotations
@@ -306,7 +306,7 @@ def _paint(plan: _Plan, size: int) -> Scenes:
         rows = (plan.objects[:, slot] >= 0).nonzero()[:, 0]
         if not len(rows):
             continue
-        parts = _Plan(*(field[rows] for field in plan[:-2]), plan.fine[:0], plan.coarse[:0])
+        parts = _Plan._make([*(field[rows] for field in plan[:-2]), plan.fine[:0], plan.coarse[:0]])
         cls = parts.objects[:, slot]
         distance, u, v = _distance(parts, slot, axis)  # [m, S, S]
         colour = _object_colour(parts, slot, distance, u, v, scale)
