@@ -116,7 +116,7 @@ def recipes(
 @_guarded
 def pretrain_scenes(
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")] = Path("runs/scenes-clip"),
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 2000,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1500,
     batch_size: Annotated[int, typer.Option(min=2, help="Image-caption pairs a step.")] = 128,
     seed: Annotated[int, typer.Option(help="Of weights, scenes and captions.")] = 0,
 ) -> None:
