@@ -123,7 +123,8 @@ def pretrain_scenes(
     """Train the tiny CLIP of the demo on generated scenes and captions."""
     from infoclip.pretrain import pretrain_scenes as run
 
-    run(out, steps=steps, batch_size=batch_size, seed=seed)
+    result = run(out, steps=steps, batch_size=batch_size, seed=seed)
+    print(f"The CLIP is in {result.out}")
 
 
 @app.command()

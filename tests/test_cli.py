@@ -180,3 +180,13 @@ def test_seeds() -> None:
 
 def test_evaluate_names_known_benchmarks(tmp_path: Path) -> None:
     assert "expected one of ade20k_150, coco_stuff_171" in sentence(call("evaluate", tmp_path, "--data", "ade"))
+
+
+def test_pretraining_defaults_are_those_of_the_shipped_checkpoint() -> None:
+    import inspect
+
+    from infoclip.pretrain import PretrainConfig
+
+    shown = inspect.signature(cli.pretrain_scenes).parameters
+    for name in ("steps", "batch_size", "seed"):
+        assert shown[name].default == getattr(PretrainConfig(), name), name
