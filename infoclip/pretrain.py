@@ -34,14 +34,10 @@ from torch.nn import functional as F
 
 from infoclip.clip.builtin import END, PAD, START, UNKNOWN, WordTokenizer
 from infoclip.data.scenes import (
-    BACKGROUNDS,
     CAPTION_TEMPLATES,
-    COLOURS,
     GENERATOR_VERSION,
     OBJECT_CLASSES,
     SCENE_CLASSES,
-    SHAPES,
-    TEXTURES,
     Scenes,
     captions,
     render_scenes,
@@ -616,7 +612,9 @@ def _save(clip: DenseCLIP, config: PretrainConfig, metrics: dict[str, float], se
     from infoclip import __version__
 
     state = {key: value.half().contiguous() for key, value in clip.stock_state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt", "quick_gelu": "false"})
+    weights = folder / "model.safetensors"
+    save_file(state, weights, metadata={"format": "pt", "quick_gelu": "false"})
+    weights.chmod(0o644)  # safetensors writes for the owner alone; a package is for everybody
     _json(folder / "config.json", scenes_model_config())
     _json(folder / "vocabulary.json", scenes_vocabulary())
     default = PretrainConfig()
@@ -635,7 +633,6 @@ def _save(clip: DenseCLIP, config: PretrainConfig, metrics: dict[str, float], se
             "seconds": round(seconds, 1),
             "threads": torch.get_num_threads(),
             "scenes_generator": GENERATOR_VERSION,
-            "classes": {"colours": COLOURS, "textures": TEXTURES, "shapes": SHAPES, "backgrounds": BACKGROUNDS},
             "versions": {
                 "infoclip": __version__,
                 "torch": torch.__version__,

@@ -24,7 +24,9 @@ def scenes() -> Config:
             pretrained="builtin:scenes",
             tune="attention",
             tune_positions=True,
+            dense="value",  # the path that the shipped CLIP's patches were trained with
             image_size=96,
+            templates="scenes",
         ),
         model=ModelConfig(
             hidden_dim=32,
