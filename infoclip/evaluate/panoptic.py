@@ -117,5 +117,5 @@ class PanopticMetrics:
         chosen = ~pq.isnan()
         if categories is not None:
             chosen &= torch.tensor([i in categories for i in range(self.num_categories)])
-        values = [float(v[chosen].mean()) if bool(chosen.any()) else math.nan for v in (pq, sq, rq)]
-        return PanopticScores(*values, categories=int(chosen.sum()))
+        means = [float(v[chosen].mean()) if bool(chosen.any()) else math.nan for v in (pq, sq, rq)]
+        return PanopticScores(pq=means[0], sq=means[1], rq=means[2], categories=int(chosen.sum()))

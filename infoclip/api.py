@@ -1,0 +1,268 @@
+"""The Python API: ``infoclip.load(path)`` gives a model, ``model.segment(image, classes)`` a segmentation."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from infoclip.errors import ConfigError, DataError, StorageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from infoclip.config import Config
+    from infoclip.model.segmentor import Segmentor
+
+__all__ = ["MAX_CLASSES", "ImageLike", "Model", "Segmentation", "load", "write_files"]
+
+MAX_CLASSES = 65535
+"""Labels are 16-bit; the largest value is kept free for pixels without a label."""
+
+ImageLike = Any
+"""A path, a ``PIL.Image.Image``, a uint8 array [H, W, 3] or a uint8 tensor [3, H, W], RGB."""
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """The labels of one picture, together with the class list that they index."""
+
+    labels: NDArray[np.uint16]
+    """[H, W], index into ``classes``."""
+    scores: NDArray[np.float32]
+    """[H, W], the score of each pixel's label, 0..1."""
+    classes: list[str]
+    image: NDArray[np.uint8] = field(repr=False)
+    """[H, W, 3], the picture as it was segmented (upright, RGB)."""
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of the picture of each class that occurs, largest first."""
+        from infoclip.report.overlay import class_shares
+
+        return {self.classes[i]: share for i, share in class_shares(self.labels, len(self.classes))}
+
+    def overlay(self, *, alpha: float = 0.6, legend: bool = True) -> Image.Image:
+        """The picture under its labels, with a legend of the classes that occur."""
+        from infoclip.report.overlay import overlay
+
+        return overlay(self.image, self.labels, self.classes, alpha=alpha, legend=legend)
+
+    def label_image(self) -> Image.Image:
+        """The labels as a picture of one channel: 8-bit for up to 255 classes, else 16-bit."""
+        from PIL import Image
+
+        narrow = len(self.classes) <= 255
+        return Image.fromarray(self.labels.astype(np.uint8) if narrow else self.labels)
+
+    def describe(self) -> dict[str, Any]:
+        """What the JSON beside a label picture says."""
+        height, width = self.labels.shape
+        index = {name: i for i, name in enumerate(self.classes)}
+        found = [
+            {"index": index[name], "name": name, "share": round(share, 6)}
+            | {"mean_score": round(float(self.scores[self.labels == index[name]].mean()), 6)}
+            for name, share in self.shares.items()
+        ]
+        return {"width": width, "height": height, "classes": list(self.classes), "found": found}
+
+    def files(self, name: str, extra: dict[str, Any] | None = None) -> dict[str, bytes]:
+        """The three files of a prediction: ``NAME.overlay.png``, ``NAME.labels.png`` and ``NAME.json``."""
+        labels = f"{name}.labels.png"
+        info = {**(extra or {}), "labels": labels, "overlay": f"{name}.overlay.png", **self.describe()}
+        return {
+            f"{name}.overlay.png": _png(self.overlay()),
+            labels: _png(self.label_image()),
+            f"{name}.json": (json.dumps(info, indent=2, ensure_ascii=False) + "\n").encode(),
+        }
+
+    def save(self, directory: str | Path, name: str = "segmentation") -> list[Path]:
+        """Write overlay, labels and class list as ``NAME.overlay.png``, ``NAME.labels.png`` and ``NAME.json``.
+
+        Raises:
+            StorageError: the folder cannot be written; nothing half-written stays.
+        """
+        return write_files(Path(directory), self.files(name))
+
+
+class Model:
+    """A trained segmentor, ready for pictures of any size and any class names.
+
+    Attributes:
+        segmentor: the network, in evaluation mode.
+        config: the settings it was trained with; ``config.eval`` says how pictures are cut and resized.
+        classes: the class names it was trained on.
+    """
+
+    def __init__(self, segmentor: Segmentor, config: Config, classes: Sequence[str]) -> None:
+        self.segmentor = segmentor.eval()
+        self.config = config
+        self.classes = list(classes)
+        self._text: tuple[tuple[str, ...], Tensor] | None = None
+
+    def segment(self, image: ImageLike, classes: Sequence[str] | None = None) -> Segmentation:
+        """Give every pixel one of the classes.
+
+        Args:
+            image: a path, a ``PIL.Image.Image``, a uint8 array [H, W, 3] or a uint8 tensor [3, H, W], RGB. Pictures are
+                turned upright as their EXIF data say.
+            classes: any names, 1 to 65535 different ones; the training classes by default. In ``"sofa, couch"`` only
+                the first synonym is used.
+
+        Raises:
+            DataError: a missing or unreadable picture; no, repeated or too many classes; a name longer than the text
+                encoder's context.
+            TypeError, ValueError: an image of another type, dtype or shape.
+        """
+        names, text = self._embed(self.classes if classes is None else classes)
+        pixels = as_pixels(image)
+        from infoclip.model.inference import predict_scores
+
+        best, labels = predict_scores(self.segmentor, pixels, text, self.config.eval).max(dim=0)
+        return Segmentation(
+            labels.cpu().numpy().astype(np.uint16),
+            best.float().cpu().numpy(),
+            names,
+            pixels.permute(1, 2, 0).contiguous().numpy(),
+        )
+
+    def check_classes(self, classes: Sequence[str]) -> list[str]:
+        """The names as :meth:`segment` uses them; raises the same :class:`DataError` for a list that cannot be used."""
+        return self._embed(classes)[0]
+
+    def _embed(self, classes: Sequence[str]) -> tuple[list[str], Tensor]:
+        """Checked names, and their embeddings [T, P, d], which are kept for the next picture."""
+        names = checked_classes(classes)
+        if self._text is None or self._text[0] != tuple(names):
+            with torch.no_grad():
+                self._text = (tuple(names), self.segmentor.clip.text_features(names))
+        return names, self._text[1]
+
+    def __repr__(self) -> str:
+        return f"Model({self.config.name!r}, trained on {len(self.classes)} classes)"
+
+
+def load(path: str | Path, device: str = "auto") -> Model:
+    """Load a trained model.
+
+    Args:
+        path: a run directory or a model directory.
+        device: ``auto`` (CUDA if there is one), ``cpu`` or ``cuda``.
+
+    Raises:
+        CheckpointError: no model there, or one that is incomplete, damaged or of another architecture.
+        ConfigError: an unknown device, or CUDA without a GPU.
+    """
+    place = _device(device)
+    from infoclip.model.checkpoint import load_model
+
+    loaded = load_model(path)
+    return Model(loaded.segmentor.to(place), loaded.config, loaded.classes)
+
+
+def checked_classes(classes: Sequence[str]) -> list[str]:
+    """The names without surrounding blanks.
+
+    Raises:
+        DataError: no class, an empty name, the same name twice, or more than 65535.
+        TypeError: one string in place of a list, or names that are not strings.
+    """
+    from infoclip.data.classes import check_classes
+
+    if isinstance(classes, str):
+        raise TypeError("classes is a single string; expected a list of names")
+    names = list(classes)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"classes holds {name!r}; expected names")
+    if len(names) > MAX_CLASSES:
+        raise DataError(f"The class list has {len(names)} names; expected at most {MAX_CLASSES} (labels are 16-bit).")
+    return check_classes(names)
+
+
+def as_pixels(image: ImageLike) -> Tensor:  # -> [3, H, W] uint8, RGB
+    """A picture in any accepted form as a tensor on the CPU; the caller's data stay as they are.
+
+    Raises:
+        DataError: a file that is missing or is no picture.
+        TypeError, ValueError: another type, dtype or shape.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        from infoclip.data.folders import read_image
+
+        return read_image(Path(image))
+    if isinstance(image, Tensor):
+        if image.dtype != torch.uint8:
+            raise TypeError(f"the image tensor has dtype {image.dtype}; expected uint8 in 0..255")
+        if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+            raise ValueError(f"the image tensor has shape {tuple(image.shape)}; expected [3, H, W]")
+        return image.detach().cpu().clone()
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise TypeError(f"the image array has dtype {image.dtype}; expected uint8 in 0..255")
+        if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise ValueError(f"the image array has shape {image.shape}; expected [H, W, 3]")
+        return torch.from_numpy(image.transpose(2, 0, 1).copy())
+    from PIL import Image, ImageOps
+
+    if isinstance(image, Image.Image):
+        try:
+            upright = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        except (OSError, SyntaxError) as error:
+            raise DataError(f"The image {getattr(image, 'filename', '') or image!r} is damaged ({error}).") from error
+        if 0 in upright.shape:
+            raise ValueError(f"the image is {image.size[0]} x {image.size[1]} pixels; expected at least one")
+        return torch.from_numpy(upright).permute(2, 0, 1).contiguous()
+    raise TypeError(f"image is a {type(image).__name__}; expected a path, a PIL image, an array or a tensor")
+
+
+def write_files(directory: Path, files: dict[str, bytes]) -> list[Path]:
+    """Write files into a folder: all are complete under temporary names before the first appears under its own.
+
+    Raises:
+        StorageError: the folder cannot be made or written (full disk, missing permission).
+    """
+    temporary = directory / f".{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+        return [(temporary / name).replace(directory / name) for name in files]
+    except OSError as error:
+        raise StorageError(
+            f"Cannot write to {directory}: {error.strerror or error}; free some space or choose another folder."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"The device is '{name}'; expected auto, cpu or cuda.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"The device is '{name}'; expected auto, cpu or cuda.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"The device is '{name}', but torch finds no CUDA device; use cpu.")
+    return device
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""Pictures and pages: class colours, overlays with legend, curves, and one self-contained HTML report."""
