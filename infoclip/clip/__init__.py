@@ -1,0 +1,21 @@
+"""Dense CLIP on open_clip's models: per-patch embeddings, guidance, text bank, templates, and what is tuned."""
+
+from __future__ import annotations
+
+from infoclip.clip.architecture import Architecture, Tower
+from infoclip.clip.dense import DenseCLIP, DenseMode, ImageFeatures
+from infoclip.clip.load import load_clip
+from infoclip.clip.templates import TEMPLATES, resolve_templates
+from infoclip.clip.text_bank import TextBank
+
+__all__ = [
+    "TEMPLATES",
+    "Architecture",
+    "DenseCLIP",
+    "DenseMode",
+    "ImageFeatures",
+    "TextBank",
+    "Tower",
+    "load_clip",
+    "resolve_templates",
+]

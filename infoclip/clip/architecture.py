@@ -1,0 +1,207 @@
+"""What a CLIP looks like: the sizes and choices that decide its parameters and its arithmetic.
+
+The description is read from an open_clip model built on the meta device (no memory, no initialisation), so that
+open_clip itself stays the authority on what a model config means.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from infoclip.errors import ConfigError
+
+if TYPE_CHECKING:
+    import open_clip
+
+__all__ = ["Architecture", "Tower", "architecture_of", "model_config", "read_architecture"]
+
+Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One transformer: the image encoder's or the text encoder's."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    activation: Activation = "quick_gelu"
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A CLIP with a plain vision transformer and a plain text transformer."""
+
+    embed_dim: int
+    vision: Tower
+    text: Tower
+    patch_size: int
+    grid: tuple[int, int]
+    """Rows and columns of the position embedding as trained."""
+    context_length: int
+    vocab_size: int
+    pool: Literal["tok", "avg"] = "tok"
+    """Which tokens the image's own embedding is read from: the class token, or the mean of the patches."""
+    norm_after_pool: bool = False
+    pre_norm: bool = True
+    causal: bool = True
+    text_pool: Literal["argmax", "eos", "first", "last"] = "argmax"
+    eos_id: int = 2
+    text_projection: Literal["matrix", "linear", "linear_bias", "none"] = "matrix"
+    logit_scale_shape: tuple[int, ...] = ()
+    logit_bias: bool = False
+
+    @property
+    def quick_gelu(self) -> bool:
+        """Whether the towers compute QuickGELU, as the OpenAI weights need."""
+        return self.vision.activation == "quick_gelu"
+
+
+def model_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the open_clip model config of an architecture name or of a JSON file.
+
+    Args:
+        name: a name of ``open_clip.list_models()``, or the path of a JSON file in the layout of open_clip's
+            ``model_configs`` (also the hub's ``open_clip_config.json``, with ``model_cfg`` and ``preprocess_cfg``).
+
+    Returns:
+        The model config, and the preprocessing config (``mean``, ``std``; empty where none is given).
+
+    Raises:
+        ConfigError: an unknown name (with the nearest match), or a file that is no model config.
+    """
+    if name.endswith(".json"):
+        return _read_json(Path(name))
+    import open_clip
+
+    config = open_clip.get_model_config(name) if ":" not in name else None
+    if config is None:
+        near = difflib.get_close_matches(name, open_clip.list_models(), n=1, cutoff=0.4)
+        hint = f"; did you mean '{near[0]}'?" if near else "."
+        raise ConfigError(f"Unknown CLIP architecture '{name}'{hint}")
+    return config, {}
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"Cannot read the CLIP model config {path}: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not a CLIP model config: expected JSON, found {error}.") from error
+    preprocess = data.get("preprocess_cfg", {}) if isinstance(data, dict) else {}
+    config = data.get("model_cfg", data) if isinstance(data, dict) else None
+    if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config):
+        raise ConfigError(f"{path} is not a CLIP model config: expected embed_dim, vision_cfg and text_cfg.")
+    return config, preprocess
+
+
+def read_architecture(config: dict[str, Any], name: str) -> Architecture:
+    """The architecture that an open_clip model config describes.
+
+    Raises:
+        ConfigError: the config asks for something else than the two plain transformers (a ResNet, a timm or Hugging
+            Face tower, attention pooling, layer scale, ...), or open_clip rejects it.
+    """
+    import open_clip
+
+    config = {key: value for key, value in config.items() if key != "custom_text"} | {}
+    custom_text = bool(_custom_text(config, name))
+    if custom_text:
+        raise _unsupported(name, "a text tower of its own kind")
+    if "timm_model_name" in config["vision_cfg"]:
+        raise _unsupported(name, "a timm image encoder")
+    try:
+        with torch.device("meta"):
+            model = open_clip.CLIP(**config)
+    except (TypeError, ValueError, AssertionError, KeyError, RuntimeError, ZeroDivisionError) as error:
+        raise ConfigError(f"open_clip cannot build the CLIP model config '{name}': {error}.") from error
+    return architecture_of(model, name)
+
+
+def _custom_text(config: dict[str, Any], name: str) -> bool:
+    return "hf_model_name" in config["text_cfg"] or "multimodal_cfg" in config
+
+
+def architecture_of(model: open_clip.CLIP, name: str = "the model") -> Architecture:
+    """The architecture of an open_clip model.
+
+    Raises:
+        ConfigError: a model that is not two plain transformers.
+    """
+    from open_clip import CLIP
+    from open_clip.transformer import VisionTransformer
+
+    if not isinstance(model, CLIP):
+        raise _unsupported(name, f"the class {type(model).__name__}")
+    visual = model.visual
+    if not isinstance(visual, VisionTransformer):
+        raise _unsupported(name, f"a {type(visual).__name__} image encoder")
+    if visual.attn_pool is not None:
+        raise _unsupported(name, "attention pooling")
+    if visual.pool_type not in ("tok", "avg"):
+        raise _unsupported(name, f"the image pooling '{visual.pool_type}'")
+    if model.text_pool_type not in ("argmax", "eos", "first", "last"):
+        raise _unsupported(name, f"the text pooling '{model.text_pool_type}'")
+    if visual.patch_size[0] != visual.patch_size[1]:
+        raise _unsupported(name, "patches that are not square")
+    projection: Literal["matrix", "linear", "linear_bias", "none"] = "matrix"
+    if model.text_projection is None:
+        projection = "none"
+    elif isinstance(model.text_projection, nn.Linear):
+        projection = "linear" if model.text_projection.bias is None else "linear_bias"
+    return Architecture(
+        embed_dim=int(visual.output_dim),
+        vision=_tower(visual.transformer, name),
+        text=_tower(model.transformer, name),
+        patch_size=int(visual.patch_size[0]),
+        grid=(int(visual.grid_size[0]), int(visual.grid_size[1])),
+        context_length=int(model.context_length),
+        vocab_size=int(model.vocab_size),
+        pool=visual.pool_type,
+        norm_after_pool=bool(visual.final_ln_after_pool),
+        pre_norm=not isinstance(visual.ln_pre, nn.Identity),
+        causal=model.attn_mask is not None,
+        text_pool=model.text_pool_type,
+        eos_id=int(model.text_eos_id),
+        text_projection=projection,
+        logit_scale_shape=tuple(model.logit_scale.shape),
+        logit_bias=model.logit_bias is not None,
+    )
+
+
+def _tower(transformer: Any, name: str) -> Tower:
+    from open_clip.transformer import QuickGELU, ResidualAttentionBlock
+
+    block = transformer.resblocks[0]
+    if not isinstance(block, ResidualAttentionBlock) or not isinstance(block.ls_1, nn.Identity):
+        raise _unsupported(name, "other blocks than the plain residual attention block")
+    gelu = block.mlp.gelu
+    activation: Activation
+    if isinstance(gelu, QuickGELU):
+        activation = "quick_gelu"
+    elif isinstance(gelu, nn.GELU):
+        activation = "gelu_tanh" if gelu.approximate == "tanh" else "gelu"
+    else:
+        raise _unsupported(name, f"the activation {type(gelu).__name__}")
+    return Tower(
+        width=int(transformer.width),
+        layers=len(transformer.resblocks),
+        heads=int(block.attn.num_heads),
+        mlp_width=int(block.mlp.c_fc.out_features),
+        activation=activation,
+        eps=float(block.ln_1.eps),
+    )
+
+
+def _unsupported(name: str, what: str) -> ConfigError:
+    return ConfigError(f"The CLIP architecture '{name}' has {what}; expected a plain ViT such as ViT-B-16-quickgelu.")

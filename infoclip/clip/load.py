@@ -1,0 +1,179 @@
+"""Building a :class:`DenseCLIP` from settings: architecture, weights, and what learns."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infoclip.clip.architecture import Architecture, architecture_of, model_config, read_architecture
+from infoclip.clip.dense import OPENAI_MEAN, OPENAI_STD, DenseCLIP
+from infoclip.clip.templates import resolve_templates
+from infoclip.clip.weights import StoredWeights, read_weights
+from infoclip.config import ClipConfig
+from infoclip.errors import CheckpointError, ConfigError
+
+__all__ = ["load_clip"]
+
+_BUILTIN = "builtin:"
+
+
+def load_clip(config: ClipConfig) -> DenseCLIP:
+    """Build the CLIP that the settings name, with its weights and its tuning policy.
+
+    ``config.model`` is an open_clip architecture, the path of an open_clip model config (JSON) or ``builtin:scenes``;
+    ``config.pretrained`` is one of that architecture's tags in open_clip, a local weight file, ``builtin:scenes``, or
+    empty for random weights (drawn from torch's global generator).
+
+    Raises:
+        ConfigError: an unknown architecture, an unsupported one, or weights trained with the other activation (QuickGELU
+            or GELU; told by the tag, and for local files where they tell it, see :func:`~infoclip.clip.weights.read_weights`).
+        CheckpointError: weights that cannot be found, downloaded or read, or that belong to another architecture.
+    """
+    options: dict[str, Any] = {
+        "image_size": config.image_size,
+        "dense": config.dense,
+        "guidance_layers": config.guidance_layers,
+        "templates": resolve_templates(config.templates),
+    }
+    if config.model.startswith(_BUILTIN) or config.pretrained.startswith(_BUILTIN):
+        clip = _load_builtin(config, options)
+    else:
+        clip = _load_open_clip(config, options)
+    clip.parameter_policy(config.tune, config.tune_positions)
+    return clip
+
+
+def _load_builtin(config: ClipConfig, options: dict[str, Any]) -> DenseCLIP:
+    for key, value in (("model", config.model), ("pretrained", config.pretrained)):
+        if value.startswith(_BUILTIN) and value != "builtin:scenes":
+            raise ConfigError(f"clip.{key} is '{value}'; the only built-in CLIP is builtin:scenes.")
+    if config.model != "builtin:scenes":
+        raise ConfigError(
+            f"The weights builtin:scenes do not belong to the architecture '{config.model}'; "
+            "use clip.model=builtin:scenes."
+        )
+    from infoclip.clip.builtin import builtin_scenes
+
+    builtin = builtin_scenes()
+    options |= {"tokenizer": builtin.tokenizer, "mean": builtin.mean, "std": builtin.std}
+    if config.pretrained == "builtin:scenes":
+        return DenseCLIP.from_open_clip(builtin.model, **options)
+    arch = architecture_of(builtin.model, config.model)
+    stored = read_weights(Path(config.pretrained)) if config.pretrained else None
+    return _build(arch, config, stored, options)
+
+
+def _load_open_clip(config: ClipConfig, options: dict[str, Any]) -> DenseCLIP:
+    model, preprocess = model_config(config.model)
+    arch = read_architecture(model, config.model)
+    stored: StoredWeights | None = None
+    if config.pretrained:
+        tag = _tag_config(config.model, config.pretrained)
+        if tag:
+            _check_activation(bool(tag.get("quick_gelu", False)), arch, config)
+            preprocess = {"mean": tag.get("mean"), "std": tag.get("std")}
+            path = _download(tag, config)
+        else:
+            path = Path(config.pretrained)
+            if not path.exists():
+                raise CheckpointError(_not_found(config))
+        stored = read_weights(path)
+        if not tag and stored.quick_gelu is not None:
+            _check_activation(stored.quick_gelu, arch, config)
+    options |= {
+        "tokenizer": _tokenizer(model["text_cfg"], arch),
+        "mean": preprocess.get("mean") or OPENAI_MEAN,
+        "std": preprocess.get("std") or OPENAI_STD,
+    }
+    return _build(arch, config, stored, options)
+
+
+def _build(
+    arch: Architecture, config: ClipConfig, stored: StoredWeights | None, options: dict[str, Any]
+) -> DenseCLIP:
+    if stored is None:
+        clip = DenseCLIP(arch, **options)
+        clip.reset_parameters()
+        return clip
+    with torch.device("meta"):  # the file's tensors become the parameters: nothing is initialised in vain
+        clip = DenseCLIP(arch, **options)
+    clip.load_stock_state_dict(stored.state, source=f"'{config.pretrained}' for {config.model}")
+    return clip
+
+
+def _tag_config(model: str, name: str) -> dict[str, Any]:
+    """open_clip's entry for a weight tag; a ``-quickgelu`` architecture also sees the tags of its plain sibling, so that a
+    mismatch can be named instead of called unknown."""
+    from open_clip import pretrained
+
+    for candidate in (model, model.removesuffix("-quickgelu")):
+        entry = pretrained.get_pretrained_cfg(candidate, name)
+        if entry:
+            return dict(entry)
+    return {}
+
+
+def _check_activation(weights_quick: bool, arch: Architecture, config: ClipConfig) -> None:
+    if weights_quick == arch.quick_gelu:
+        return
+    import open_clip
+
+    names = {True: "QuickGELU", False: "GELU"}
+    plain = config.model.removesuffix("-quickgelu")
+    right = plain + "-quickgelu" if weights_quick else plain
+    if right in open_clip.list_models() and right != config.model:
+        advice = f"use clip.model={right}"
+    else:
+        advice = f"use a model config with quick_gelu set to {str(weights_quick).lower()}"
+    raise ConfigError(
+        f"The weights '{config.pretrained}' were trained with {names[weights_quick]}, but {config.model} computes "
+        f"{names[arch.quick_gelu]}; {advice}."
+    )
+
+
+def _download(tag: dict[str, Any], config: ClipConfig) -> Path:
+    from open_clip import pretrained
+
+    try:
+        return Path(pretrained.download_pretrained(tag))
+    except Exception as error:  # the hub client raises a family of its own, besides OSError and RuntimeError
+        raise CheckpointError(
+            f"Cannot download the weights '{config.pretrained}' of {config.model} ({type(error).__name__}); "
+            "fetch them where there is a network and pass the file: clip.pretrained=PATH."
+        ) from error
+
+
+def _not_found(config: ClipConfig) -> str:
+    from open_clip import pretrained
+
+    tags = pretrained.list_pretrained_tags_by_model(config.model)
+    near = difflib.get_close_matches(config.pretrained, tags, n=1)
+    if near:
+        return f"Unknown weights '{config.pretrained}' for {config.model}; did you mean '{near[0]}'?"
+    known = f"one of {', '.join(tags)}" if tags else "no tag (open_clip has none for it)"
+    return (
+        f"'{config.pretrained}' is neither a weight file nor weights that open_clip knows for {config.model}: "
+        f"expected {known}, or the path of a file."
+    )
+
+
+def _tokenizer(text: dict[str, Any], arch: Architecture) -> Callable[[list[str]], Tensor]:
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    options = dict(text.get("tokenizer_kwargs") or {})
+    name = text.get("hf_tokenizer_name")
+    if not name:
+        return SimpleTokenizer(context_length=arch.context_length, **options)
+    try:
+        mode = text.get("tokenizer_mode")
+        return HFTokenizer(name, context_length=arch.context_length, tokenizer_mode=mode, **options)
+    except Exception as error:
+        raise CheckpointError(
+            f"Cannot load the tokenizer '{name}' that this CLIP needs ({type(error).__name__}); "
+            "it comes from the Hugging Face hub, so fetch it once where there is a network."
+        ) from error
