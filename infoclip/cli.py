@@ -217,12 +217,15 @@ def predict(
             help="A class list: one class a line, JSON, or a shipped list's name; names may hold commas here."
         ),
     ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Segment pictures with any classes; writes an overlay, a label PNG and JSON each."""
     names = _class_names(classes, classes_file)
     from infoclip.predict import predict as run
 
-    run(path, pictures, names, out)
+    for result in run(path, pictures, names, out, device=device, progress=len(pictures) > 1):
+        found = ", ".join(f"{name} {100 * share:.0f} %" for name, share in list(result.shares.items())[:5])
+        print(f"{result.image}: {found}\n  {result.overlay}\n  {result.labels}\n  {result.json}")
 
 
 @app.command()

@@ -322,8 +322,11 @@ class _Run:
             terms = {"loss": task + result.loss, "segmentation": task, **result.terms}
 
         def draw() -> Any:
-            names = self.classes if chosen is None else [self.classes[i] for i in chosen.tolist()]
-            return _panel(batch["image"][:4], mask[:4], output.logits[:4], names, ignore)
+            size = batch["mask"].shape[-2:]
+            logits = F.interpolate(output.logits[:4].detach().float(), size=size, mode="bilinear", align_corners=False)
+            guess = logits.argmax(dim=1).cpu()
+            # indices of the whole list, so that a class keeps its colour from step to step
+            return _panel(batch["image"], batch["mask"], guess if chosen is None else chosen[guess], self.classes)
 
         return terms, draw
 
@@ -548,17 +551,20 @@ def _fingerprint(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _panel(image: Tensor, mask: Tensor, logits: Tensor, names: list[str], ignore: int) -> Any:
-    """Rows of image, truth and prediction, [H, W, 3] uint8."""
+def _panel(
+    image: Tensor,  # [B, 3, H, W] uint8
+    truth: Tensor,  # [B, H, W]
+    guess: Tensor,  # [b, H, W], the first b
+    classes: list[str],
+) -> Any:
+    """Rows of image, truth and prediction, [b * H, 3 * W, 3] uint8."""
     import numpy as np
 
     from infoclip.report.overlay import overlay
 
-    size = mask.shape[-2:]
-    prediction = F.interpolate(logits.detach().float(), size=size, mode="bilinear", align_corners=False).argmax(dim=1)
     rows = []
-    for picture, truth, guess in zip(image, mask.cpu(), prediction.cpu(), strict=True):
-        pixels = picture.permute(1, 2, 0).numpy()
-        drawn = [np.asarray(overlay(pixels, labels.numpy(), names, legend=False)) for labels in (truth, guess)]
+    for i, labels in enumerate(guess):
+        pixels = image[i].permute(1, 2, 0).numpy()
+        drawn = [np.asarray(overlay(pixels, y.numpy(), classes, legend=False)) for y in (truth[i], labels)]
         rows.append(np.concatenate([pixels, *drawn], axis=1))
     return np.concatenate(rows, axis=0)
