@@ -1,0 +1,33 @@
+"""The alignment objective: LPAM, mutual information by matrix-based Rényi entropy or InfoNCE, distillation baselines."""
+
+from infoclip.objective.alignment import AlignmentObjective, AlignmentOutput, Embeddings
+from infoclip.objective.baselines import kl_distillation, pooled_distillation, representation_compensation, strip_pool
+from infoclip.objective.entropy import (
+    compression_loss,
+    normalized_gram,
+    renyi_entropy,
+    renyi_joint_entropy,
+    renyi_mutual_information,
+    transfer_loss,
+)
+from infoclip.objective.infonce import InfoNCE, infonce
+from infoclip.objective.lpam import LPAM
+
+__all__ = [
+    "LPAM",
+    "AlignmentObjective",
+    "AlignmentOutput",
+    "Embeddings",
+    "InfoNCE",
+    "compression_loss",
+    "infonce",
+    "kl_distillation",
+    "normalized_gram",
+    "pooled_distillation",
+    "renyi_entropy",
+    "renyi_joint_entropy",
+    "renyi_mutual_information",
+    "representation_compensation",
+    "strip_pool",
+    "transfer_loss",
+]
