@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -32,6 +33,7 @@ __all__ = [
     "evaluate_folder",
     "evaluate_model",
     "segmentor_predictor",
+    "without_nan",
     "zero_shot_predictor",
 ]
 
@@ -99,7 +101,7 @@ class EvaluationResult:
             "settings": self.settings,
             "per_class": [asdict(row) for row in self.per_class],
         }
-        return _without_nan(data)
+        return without_nan(data)
 
     def save(self, path: str | Path) -> None:
         """Write :meth:`to_dict` as JSON, whole or not at all.
@@ -114,7 +116,8 @@ class EvaluationResult:
             temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
             temporary.replace(path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise StorageError(f"Cannot write the evaluation {path}: {error.strerror or error}.") from error
 
     def summary_table(self) -> Table:
@@ -331,11 +334,12 @@ def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """The value with every NaN in its dicts and lists as None, since JSON knows no NaN."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return _or_none(value) if isinstance(value, float) else value
 
 
