@@ -35,6 +35,7 @@ class Tower:
     mlp_width: int
     activation: Activation = "quick_gelu"
     eps: float = 1e-5
+    layer_scale: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,22 +115,16 @@ def read_architecture(config: dict[str, Any], name: str) -> Architecture:
     """
     import open_clip
 
-    config = {key: value for key, value in config.items() if key != "custom_text"} | {}
-    custom_text = bool(_custom_text(config, name))
-    if custom_text:
+    if config.get("custom_text") or "hf_model_name" in config["text_cfg"] or "multimodal_cfg" in config:
         raise _unsupported(name, "a text tower of its own kind")
     if "timm_model_name" in config["vision_cfg"]:
         raise _unsupported(name, "a timm image encoder")
     try:
         with torch.device("meta"):
-            model = open_clip.CLIP(**config)
+            model = open_clip.CLIP(**{key: value for key, value in config.items() if key != "custom_text"})
     except (TypeError, ValueError, AssertionError, KeyError, RuntimeError, ZeroDivisionError) as error:
         raise ConfigError(f"open_clip cannot build the CLIP model config '{name}': {error}.") from error
     return architecture_of(model, name)
-
-
-def _custom_text(config: dict[str, Any], name: str) -> bool:
-    return "hf_model_name" in config["text_cfg"] or "multimodal_cfg" in config
 
 
 def architecture_of(model: open_clip.CLIP, name: str = "the model") -> Architecture:
@@ -180,10 +175,10 @@ def architecture_of(model: open_clip.CLIP, name: str = "the model") -> Architect
 
 
 def _tower(transformer: Any, name: str) -> Tower:
-    from open_clip.transformer import QuickGELU, ResidualAttentionBlock
+    from open_clip.transformer import LayerScale, QuickGELU, ResidualAttentionBlock
 
     block = transformer.resblocks[0]
-    if not isinstance(block, ResidualAttentionBlock) or not isinstance(block.ls_1, nn.Identity):
+    if not isinstance(block, ResidualAttentionBlock):
         raise _unsupported(name, "other blocks than the plain residual attention block")
     gelu = block.mlp.gelu
     activation: Activation
@@ -200,6 +195,7 @@ def _tower(transformer: Any, name: str) -> Tower:
         mlp_width=int(block.mlp.c_fc.out_features),
         activation=activation,
         eps=float(block.ln_1.eps),
+        layer_scale=isinstance(block.ls_1, LayerScale),
     )
 
 

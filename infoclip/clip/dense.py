@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from infoclip.clip.architecture import Architecture, architecture_of
 from infoclip.clip.layers import LayerNorm, Transformer
 from infoclip.clip.templates import TEMPLATES
-from infoclip.clip.weights import join_projections, split_projections
+from infoclip.clip.weights import join_projections, split_projections, write_safetensors
 from infoclip.errors import CheckpointError, ConfigError, DataError, StorageError
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class DenseCLIP(nn.Module):
         self.templates = tuple(templates)
         self.mean: tuple[float, ...] = tuple(mean)
         self.std: tuple[float, ...] = tuple(std)
-        self._tokens: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}
+        self._tokens: dict[tuple[int, tuple[str, ...], tuple[str, ...]], Tensor] = {}
         if self.image_size % arch.patch_size:
             raise ConfigError(
                 f"clip.image_size is {self.image_size}; expected a multiple of the patch size {arch.patch_size}."
@@ -253,8 +253,8 @@ class DenseCLIP(nn.Module):
         elif self.text_projection is not None:
             nn.init.normal_(self.text_projection, std=text**-0.5)
         for block in (*self.visual.transformer.resblocks, *self.transformer.resblocks):
-            nn.init.zeros_(block.attn.in_proj_bias)  # type: ignore[union-attr,arg-type]
-            nn.init.zeros_(block.attn.out_proj.bias)  # type: ignore[union-attr,arg-type]
+            nn.init.zeros_(block.attn.in_proj_bias)
+            nn.init.zeros_(block.attn.out_proj.bias)
         for module in self.modules():
             if isinstance(module, LayerNorm):
                 module.reset_parameters()
@@ -283,7 +283,9 @@ class DenseCLIP(nn.Module):
         missing = [key for key in own if key not in given]
         unknown = [key for key in given if key not in own]
         if missing or unknown:
-            parts = [f"without {_some(missing)}"] * bool(missing) + [f"with the unknown {_some(unknown)}"] * bool(unknown)
+            parts = [f"without {_some(missing)}"] * bool(missing) + [f"with the unknown {_some(unknown)}"] * bool(
+                unknown
+            )
             raise CheckpointError(
                 f"{source} does not hold the weights of this CLIP architecture: it comes {' and '.join(parts)}; "
                 "choose the clip.model that the weights belong to."
@@ -304,16 +306,10 @@ class DenseCLIP(nn.Module):
         Raises:
             StorageError: the file cannot be written.
         """
-        from safetensors.torch import save_file
-
-        path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
+        metadata = {"format": "pt", "quick_gelu": str(self.arch.quick_gelu).lower()}
         try:
-            state = {key: value.cpu().contiguous() for key, value in self.stock_state_dict().items()}
-            save_file(state, temporary, metadata={"format": "pt", "quick_gelu": str(self.arch.quick_gelu).lower()})
-            temporary.replace(path)
+            write_safetensors(self.stock_state_dict(), Path(path), metadata)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise StorageError(f"Cannot write the CLIP weights to {path}: {error.strerror or error}.") from error
 
     def frozen_copy(self) -> DenseCLIP:
@@ -378,8 +374,8 @@ class DenseCLIP(nn.Module):
         """Embeddings of tokenised texts, not normalised.
 
         The context is cut after the last token that is read: attention is causal and only the end token's output
-        counts, so that what follows the longest prompt cannot matter. Token ids that are still on the CPU are cut there,
-        before they travel to the device, which spares a synchronisation.
+        counts, so that what follows the longest prompt cannot matter. Token ids that are still on the CPU are cut
+        there, before they travel to the device, which spares a synchronisation.
 
         Args:
             tokens: int64 ids, [M, L], L at most ``context_length``.
@@ -392,7 +388,7 @@ class DenseCLIP(nn.Module):
         if tokens.shape[1] > self.context_length:
             raise ValueError(f"expected at most {self.context_length} tokens in a text, given {tokens.shape[1]}")
         ends = self._read_positions(tokens)  # [M]
-        if self._cuts_context and tokens.shape[0]:
+        if self._cuts_context and tokens.shape[0] and not tokens.is_meta:
             tokens = tokens[:, : int(ends.max()) + 1]
         device = self.positional_embedding.device
         tokens, ends = tokens.to(device), ends.to(device)
@@ -430,27 +426,40 @@ class DenseCLIP(nn.Module):
             raise TypeError("expected a list of texts, given a single string")
         if self.tokenizer is None:
             raise ConfigError("This CLIP has no tokenizer; give DenseCLIP one to encode class names.")
-        for text in texts:
-            length = self._token_count(text)
+        if not texts:
+            return torch.zeros(0, self.context_length, dtype=torch.int64)
+        rows = self._token_rows(texts)
+        lengths = [self._token_count(text) for text in texts] if rows is None else [len(row) for row in rows]
+        for text, length in zip(texts, lengths, strict=True):
             if length > self.context_length:
                 raise DataError(
                     f"The text '{_shorten(text)}' has {length} tokens, but this CLIP's context holds "
                     f"{self.context_length}; shorten the class name or the prompt template."
                 )
-        if not texts:
-            return torch.zeros(0, self.context_length, dtype=torch.int64)
-        try:
-            tokens = self.tokenizer(list(texts)).long()
-        except ValueError as error:
-            raise error if isinstance(error, DataError) else DataError(f"Cannot tokenise the texts: {error}.") from error
-        if tokens.shape[1] > self.context_length:
-            tokens = tokens[:, : self.context_length]
+        if rows is None:
+            try:
+                tokens = self.tokenizer(list(texts)).long()
+            except ValueError as error:
+                raise DataError(f"Cannot tokenise the texts: {error}.") from error
+        else:
+            tokens = torch.zeros(len(rows), self.context_length, dtype=torch.int64)
+            for i, row in enumerate(rows):
+                tokens[i, : len(row)] = torch.tensor(row)
         if int(tokens.max()) >= self.arch.vocab_size:
             raise DataError(
                 f"The tokenizer gives id {int(tokens.max())}, but this CLIP's vocabulary has {self.arch.vocab_size} "
                 "entries; the architecture needs a tokenizer of its own."
             )
         return tokens
+
+    def _token_rows(self, texts: Sequence[str]) -> list[list[int]] | None:
+        """Ids without padding from open_clip's own tokenizer, each text read once; None for other tokenizers."""
+        from open_clip.tokenizer import SimpleTokenizer
+
+        tokenizer = self.tokenizer
+        if not isinstance(tokenizer, SimpleTokenizer) or tokenizer.reduction_fn is not None:
+            return None
+        return [[tokenizer.sot_token_id, *tokenizer.encode(text), tokenizer.eot_token_id] for text in texts]
 
     def _token_count(self, text: str) -> int:
         """Tokens of a text with its start and end token; 0 where the tokenizer cannot tell (it must then refuse)."""
@@ -487,22 +496,22 @@ class DenseCLIP(nn.Module):
         templates = self.templates if templates is None else tuple(templates)
         if isinstance(class_names, str):
             raise TypeError("expected a list of class names, given a single string")
-        key = (tuple(class_names), tuple(templates))
-        if not key[0]:
-            raise DataError("The class list is empty; name at least one class.")
+        key = (id(self.tokenizer), tuple(class_names), tuple(templates))
         if not key[1]:
+            raise DataError("The class list is empty; name at least one class.")
+        if not key[2]:
             raise DataError("The list of prompt templates is empty; give at least one text with {}.")
         if key not in self._tokens:
             rows = []
-            for name in key[0]:
+            for name in key[1]:
                 synonym = first_synonym(name)
                 if not synonym:
                     raise DataError(f"The class list has an empty name ({name!r}); every class needs one.")
                 try:
-                    rows.append(self.tokenize([template.replace("{}", synonym) for template in key[1]]))
+                    rows.append(self.tokenize([template.replace("{}", synonym) for template in key[2]]))
                 except DataError as error:
                     raise DataError(f"The class '{_shorten(name)}' cannot be used: {error}") from error
-            while len(self._tokens) >= 8:
+            while len(self._tokens) >= 4:
                 self._tokens.pop(next(iter(self._tokens)))
             self._tokens[key] = torch.stack(rows)
         return self._tokens[key]

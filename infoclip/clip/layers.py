@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from infoclip.clip.architecture import Activation, Tower
 
-__all__ = ["Attention", "Block", "LayerNorm", "QuickGELU", "Transformer"]
+__all__ = ["Attention", "Block", "LayerNorm", "LayerScale", "QuickGELU", "Transformer"]
 
 
 class LayerNorm(nn.LayerNorm):
@@ -27,9 +27,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:  # [..., C]
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-        with torch.autocast(input.device.type, enabled=False):
-            x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-        return x.to(input.dtype)
+        # Autocast leaves layer_norm of a float32 input in float32 on every device.
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).to(input.dtype)
 
 
 class QuickGELU(nn.Module):
@@ -44,6 +43,17 @@ _ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
 }
+
+
+class LayerScale(nn.Module):
+    """A learnt factor for each channel of a residual branch; few CLIPs have it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), 1e-4))
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., C]
+        return x * self.gamma
 
 
 class _ZeroGradient(torch.autograd.Function):
@@ -119,10 +129,12 @@ class Block(nn.Module):
             )
         )
         self.ln_2 = LayerNorm(tower.width, eps=tower.eps)
+        self.ls_1 = LayerScale(tower.width) if tower.layer_scale else nn.Identity()
+        self.ls_2 = LayerScale(tower.width) if tower.layer_scale else nn.Identity()
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:  # [B, N, C] -> [B, N, C]
-        x = x + self.attn(self.ln_1(x), causal)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.ls_1(self.attn(self.ln_1(x), causal))
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
 
     def forward_value(self, x: Tensor, class_residual: bool) -> Tensor:  # [B, N, C] -> [B, N, C]
         """The block with its attention replaced by the value path.
@@ -131,9 +143,9 @@ class Block(nn.Module):
             class_residual: add the class token alone to every token, as the published CAT-Seg does, instead of each
                 token's own residual stream.
         """
-        y = self.attn.value_path(self.ln_1(x))
+        y = self.ls_1(self.attn.value_path(self.ln_1(x)))
         y = y + (x[:, :1] if class_residual else x)
-        return y + self.mlp(self.ln_2(y))
+        return y + self.ls_2(self.mlp(self.ln_2(y)))
 
 
 class Transformer(nn.Module):

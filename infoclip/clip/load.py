@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import json
+import os
+import socket
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
@@ -30,8 +35,9 @@ def load_clip(config: ClipConfig) -> DenseCLIP:
     empty for random weights (drawn from torch's global generator).
 
     Raises:
-        ConfigError: an unknown architecture, an unsupported one, or weights trained with the other activation (QuickGELU
-            or GELU; told by the tag, and for local files where they tell it, see :func:`~infoclip.clip.weights.read_weights`).
+        ConfigError: an unknown architecture, an unsupported one, or weights trained with the other activation
+            (QuickGELU or GELU; a tag tells it, a local file not always, see
+            :func:`~infoclip.clip.weights.read_weights`).
         CheckpointError: weights that cannot be found, downloaded or read, or that belong to another architecture.
     """
     options: dict[str, Any] = {
@@ -64,7 +70,7 @@ def _load_builtin(config: ClipConfig, options: dict[str, Any]) -> DenseCLIP:
     if config.pretrained == "builtin:scenes":
         return DenseCLIP.from_open_clip(builtin.model, **options)
     arch = architecture_of(builtin.model, config.model)
-    stored = read_weights(Path(config.pretrained)) if config.pretrained else None
+    stored = read_weights(Path(config.pretrained).expanduser()) if config.pretrained else None
     return _build(arch, config, stored, options)
 
 
@@ -79,23 +85,21 @@ def _load_open_clip(config: ClipConfig, options: dict[str, Any]) -> DenseCLIP:
             preprocess = {"mean": tag.get("mean"), "std": tag.get("std")}
             path = _download(tag, config)
         else:
-            path = Path(config.pretrained)
+            path = Path(config.pretrained).expanduser()
             if not path.exists():
                 raise CheckpointError(_not_found(config))
         stored = read_weights(path)
         if not tag and stored.quick_gelu is not None:
             _check_activation(stored.quick_gelu, arch, config)
     options |= {
-        "tokenizer": _tokenizer(model["text_cfg"], arch),
+        "tokenizer": _tokenizer(config.model, model["text_cfg"], arch),
         "mean": preprocess.get("mean") or OPENAI_MEAN,
         "std": preprocess.get("std") or OPENAI_STD,
     }
     return _build(arch, config, stored, options)
 
 
-def _build(
-    arch: Architecture, config: ClipConfig, stored: StoredWeights | None, options: dict[str, Any]
-) -> DenseCLIP:
+def _build(arch: Architecture, config: ClipConfig, stored: StoredWeights | None, options: dict[str, Any]) -> DenseCLIP:
     if stored is None:
         clip = DenseCLIP(arch, **options)
         clip.reset_parameters()
@@ -107,8 +111,10 @@ def _build(
 
 
 def _tag_config(model: str, name: str) -> dict[str, Any]:
-    """open_clip's entry for a weight tag; a ``-quickgelu`` architecture also sees the tags of its plain sibling, so that a
-    mismatch can be named instead of called unknown."""
+    """open_clip's entry for a weight tag, empty for an unknown one.
+
+    A ``-quickgelu`` architecture also sees the tags of its plain sibling, so that a mismatch can be named as such.
+    """
     from open_clip import pretrained
 
     for candidate in (model, model.removesuffix("-quickgelu")):
@@ -137,15 +143,53 @@ def _check_activation(weights_quick: bool, arch: Architecture, config: ClipConfi
 
 
 def _download(tag: dict[str, Any], config: ClipConfig) -> Path:
+    """The weight file of a tag: from the local caches, else from the network."""
     from open_clip import pretrained
 
+    cached = _cached(tag)
+    if cached is not None:
+        return cached
     try:
+        if not _has_network():
+            raise OSError("no network")
         return Path(pretrained.download_pretrained(tag))
     except Exception as error:  # the hub client raises a family of its own, besides OSError and RuntimeError
         raise CheckpointError(
-            f"Cannot download the weights '{config.pretrained}' of {config.model} ({type(error).__name__}); "
+            f"Cannot download the weights '{config.pretrained}' of {config.model} ({_reason(error)}); "
             "fetch them where there is a network and pass the file: clip.pretrained=PATH."
         ) from error
+
+
+def _cached(tag: dict[str, Any]) -> Path | None:
+    """The file that an earlier download from the hub left; found without asking the network."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+
+    repository, name = os.path.split(tag.get("hf_hub", ""))
+    if not repository or not Path(HF_HUB_CACHE).is_dir():
+        return None
+    names = [f"{Path(name).stem}.safetensors", name] if name else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]
+    found = (try_to_load_from_cache(repository, candidate) for candidate in names)
+    return next((Path(path) for path in found if isinstance(path, str)), None)
+
+
+def _has_network() -> bool:
+    """Whether the hub's name resolves: asked first, because its client retries for most of a minute without one."""
+    if urllib.request.getproxies():
+        return True
+    from huggingface_hub.constants import ENDPOINT
+
+    try:
+        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".")[:120] if lines else type(error).__name__
 
 
 def _not_found(config: ClipConfig) -> str:
@@ -162,9 +206,18 @@ def _not_found(config: ClipConfig) -> str:
     )
 
 
-def _tokenizer(text: dict[str, Any], arch: Architecture) -> Callable[[list[str]], Tensor]:
+def _tokenizer(model: str, text: dict[str, Any], arch: Architecture) -> Callable[[list[str]], Tensor]:
+    """The tokenizer that belongs to a model config: words where a ``vocabulary.json`` lies beside the file."""
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
+    vocabulary = Path(model).with_name("vocabulary.json")
+    if model.endswith(".json") and vocabulary.is_file():
+        from infoclip.clip.builtin import WordTokenizer
+
+        try:
+            return WordTokenizer(json.loads(vocabulary.read_text(encoding="utf-8")), arch.context_length)
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{vocabulary} is not a vocabulary: {_reason(error)}.") from error
     options = dict(text.get("tokenizer_kwargs") or {})
     name = text.get("hf_tokenizer_name")
     if not name:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from infoclip.clip.dense import DenseCLIP
 from infoclip.clip.templates import resolve_templates
+from infoclip.clip.weights import write_safetensors
 
 __all__ = ["TextBank"]
 
@@ -28,7 +28,8 @@ class TextBank:
     While anything in the text tower learns, every call computes the embeddings and lets the gradient through. For a
     frozen tower they are kept, in memory and (with ``cache_dir``) on disk, under a hash of everything they depend on:
     the text tower's weights and architecture, the templates, the class names and their token ids. A changed class
-    list or weight thus never meets a stale entry (the published code keeps the first list it sees).
+    list or weight thus never meets a stale entry (the published code keeps the first list it sees). Weights are hashed
+    again when a parameter was replaced or changed in place; a change through ``parameter.data`` goes unseen.
 
     Args:
         clip: the model whose text tower is used; its weights may change later.
@@ -45,7 +46,7 @@ class TextBank:
             templates = resolve_templates(templates)
         self.templates = clip.templates if templates is None else tuple(templates)
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, int, tuple[str, ...]], Tensor] = OrderedDict()
         self._weights: tuple[tuple[tuple[int, int], ...], str] | None = None
 
     def __call__(self, class_names: Sequence[str]) -> Tensor:  # -> [T, P, d]
@@ -56,9 +57,10 @@ class TextBank:
         """
         if not self.clip.text_frozen:
             return self.clip.text_features(class_names, self.templates)
-        key = self.key(class_names)
-        features = self._kept.get(key)
-        if features is None:
+        kept = (self._weights_hash(), id(self.clip.tokenizer), tuple(class_names))
+        features = self._kept.get(kept)
+        key = "" if features is not None or self.cache_dir is None else self.key(class_names)
+        if features is None and key:
             features = self._read(key, class_names)
         if features is None:
             # Kept tensors must serve training and evaluation alike, so they are made outside inference mode, without
@@ -68,8 +70,8 @@ class TextBank:
                 features = self.clip.text_features(class_names, self.templates)
             self._write(key, features)
         features = features.to(self.clip.positional_embedding.device)
-        self._kept[key] = features
-        self._kept.move_to_end(key)
+        self._kept[kept] = features
+        self._kept.move_to_end(kept)
         while len(self._kept) > _KEPT:
             self._kept.popitem(last=False)
         return features
@@ -122,15 +124,8 @@ class TextBank:
     def _write(self, key: str, features: Tensor) -> None:
         if self.cache_dir is None:
             return
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        path = self._path(key)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several processes may build the same entry
         try:
             self.cache_dir.mkdir(parents=True, exist_ok=True)
-            save_file({"features": features.cpu().contiguous()}, temporary, metadata={"key": key})
-            temporary.replace(path)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            write_safetensors({"features": features}, self._path(key), {"key": key})
+        except OSError as error:
             warnings.warn(f"The text embeddings cannot be kept in {self.cache_dir}: {error}.", stacklevel=3)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import pickle
 import warnings
 import zipfile
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from infoclip.errors import CheckpointError
 
-__all__ = ["StoredWeights", "join_projections", "read_weights", "split_projections"]
+__all__ = ["StoredWeights", "join_projections", "read_weights", "split_projections", "write_safetensors"]
 
 _JOINT = "attn.in_proj_weight"
 _SEPARATE = tuple(f"attn.{part}_proj_weight" for part in "qkv")
@@ -73,6 +75,7 @@ def read_weights(path: Path) -> StoredWeights:
     if not path.is_file():
         raise CheckpointError(f"The CLIP weight file {path} does not exist.")
     quick_gelu: bool | None = None
+    data: Any
     if path.suffix == ".safetensors":
         data, quick_gelu = _read_safetensors(path)
     elif _is_torchscript(path):
@@ -94,6 +97,27 @@ def read_weights(path: Path) -> StoredWeights:
     if quick_gelu is None and beside.is_file():
         quick_gelu = _quick_gelu_of(beside)
     return StoredWeights(state, quick_gelu)
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file at once or not at all.
+
+    Raises:
+        OSError: the file cannot be written; nothing half-written is left.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several processes may write the same file
+    try:
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary, metadata)
+        temporary.chmod(0o644)  # safetensors writes for the owner alone
+        temporary.replace(path)
+    except SafetensorError as error:  # how the library reports a full disk
+        raise OSError(str(error)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], bool | None]:
