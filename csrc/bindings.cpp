@@ -1,0 +1,124 @@
+// The only pybind11 file. Tensors arrive as addresses with strides in elements: no torch header, so one build serves
+// every torch. Outputs are allocated in Python; this code only writes.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "common/check.hpp"
+#include "cost_volume/cost_volume.hpp"
+
+namespace py = pybind11;
+using namespace infoclip;
+
+namespace {
+
+using Strides3 = std::array<int64_t, 3>;
+using Strides4 = std::array<int64_t, 4>;
+using Sizes = std::array<int64_t, 5>;
+
+CostVolume problem(const Sizes& sizes, int dtype, bool shared, double scale, uintptr_t image, const Strides3& image_s,
+                   uintptr_t text, const Strides4& text_s) {
+  for (int64_t size : sizes) INFOCLIP_CHECK(size >= 0, "a size is negative");
+  INFOCLIP_CHECK(dtype >= kFloat && dtype <= kDouble, "unknown dtype");
+  INFOCLIP_CHECK(!shared || text_s[0] == 0, "a shared text has no batch stride");
+  CostVolume p{};
+  p.B = sizes[0], p.N = sizes[1], p.T = sizes[2], p.P = sizes[3], p.D = sizes[4];
+  p.dtype = dtype, p.shared = shared, p.scale = scale;
+  p.image = reinterpret_cast<const void*>(image);
+  p.text = reinterpret_cast<const void*>(text);
+  std::copy(image_s.begin(), image_s.end(), p.image_s);
+  std::copy(text_s.begin(), text_s.end(), p.text_s);
+  return p;
+}
+
+void on_device(bool cuda, CostVolume& p, bool backward, const std::string& isa, int threads, uintptr_t stream) {
+  if (!cuda) {
+    const Isa chosen = parse_isa(isa);
+    py::gil_scoped_release release;
+    backward ? cost_volume_backward_cpu(p, chosen, threads) : cost_volume_forward_cpu(p, chosen, threads);
+    return;
+  }
+#ifdef INFOCLIP_WITH_CUDA
+  INFOCLIP_CHECK(p.dtype != kDouble, "the CUDA form has no float64");
+  py::gil_scoped_release release;
+  backward ? cost_volume_backward_cuda(p, stream) : cost_volume_forward_cuda(p, stream);
+#else
+  (void)stream;
+  throw std::runtime_error("infoclip._C was built without CUDA");
+#endif
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = INFOCLIP_VERSION;
+  info["compiler"] = __VERSION__;
+  py::list compiled, usable;
+  compiled.append("baseline");
+#ifdef INFOCLIP_X86
+  compiled.append("avx2");
+  compiled.append("avx512");
+#endif
+  for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
+    if (has_isa(isa)) usable.append(isa_name(isa));
+  info["isa_compiled"] = compiled;
+  info["isa_usable"] = usable;
+  info["isa"] = isa_name(best_isa());
+#ifdef INFOCLIP_WITH_CUDA
+  info["cuda"] = true;
+  info["nvcc"] = INFOCLIP_NVCC;
+  info["cuda_architectures"] = "sm_80, sm_90, PTX 9.0";
+  info["cuda_runtime"] = cuda_runtime_version();
+  info["cuda_driver"] = cuda_driver_version();
+#else
+  info["cuda"] = false;
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of infoclip; load through infoclip.native.";
+  m.def("build_info", &build_info);
+  m.def(
+      "cost_volume_work_floats",
+      [](const Sizes& sizes, bool shared, bool backward, bool d_image, bool d_text) {
+        CostVolume p{};
+        p.B = sizes[0], p.N = sizes[1], p.T = sizes[2], p.P = sizes[3], p.D = sizes[4];
+        p.shared = shared;
+        p.d_image = d_image ? &p : nullptr;
+        p.d_text = d_text ? &p : nullptr;
+        return cost_volume_work_floats(p, backward);
+      },
+      py::arg("sizes"), py::arg("shared"), py::arg("backward"), py::arg("d_image") = false, py::arg("d_text") = false);
+  m.def(
+      "cost_volume_forward",
+      [](bool cuda, const Sizes& sizes, int dtype, bool shared, double scale, uintptr_t image, const Strides3& image_s,
+         uintptr_t text, const Strides4& text_s, uintptr_t out, uintptr_t work, const std::string& isa, int threads,
+         uintptr_t stream) {
+        CostVolume p = problem(sizes, dtype, shared, scale, image, image_s, text, text_s);
+        p.out = reinterpret_cast<void*>(out);
+        p.work = reinterpret_cast<void*>(work);
+        on_device(cuda, p, false, isa, threads, stream);
+      },
+      py::kw_only(), py::arg("cuda"), py::arg("sizes"), py::arg("dtype"), py::arg("shared"), py::arg("scale"),
+      py::arg("image"), py::arg("image_s"), py::arg("text"), py::arg("text_s"), py::arg("out"), py::arg("work"),
+      py::arg("isa"), py::arg("threads"), py::arg("stream"));
+  m.def(
+      "cost_volume_backward",
+      [](bool cuda, const Sizes& sizes, int dtype, bool shared, double scale, uintptr_t image, const Strides3& image_s,
+         uintptr_t text, const Strides4& text_s, uintptr_t grad, const Strides4& grad_s, uintptr_t d_image,
+         uintptr_t d_text, uintptr_t work, const std::string& isa, int threads, uintptr_t stream) {
+        CostVolume p = problem(sizes, dtype, shared, scale, image, image_s, text, text_s);
+        p.grad = reinterpret_cast<const void*>(grad);
+        std::copy(grad_s.begin(), grad_s.end(), p.grad_s);
+        p.d_image = reinterpret_cast<void*>(d_image);
+        p.d_text = reinterpret_cast<void*>(d_text);
+        p.work = reinterpret_cast<void*>(work);
+        on_device(cuda, p, true, isa, threads, stream);
+      },
+      py::kw_only(), py::arg("cuda"), py::arg("sizes"), py::arg("dtype"), py::arg("shared"), py::arg("scale"),
+      py::arg("image"), py::arg("image_s"), py::arg("text"), py::arg("text_s"), py::arg("grad"), py::arg("grad_s"),
+      py::arg("d_image"), py::arg("d_text"), py::arg("work"), py::arg("isa"), py::arg("threads"), py::arg("stream"));
+}

@@ -1,0 +1,103 @@
+#include "common/cpu.hpp"
+
+#include <algorithm>
+
+#include "common/check.hpp"
+
+namespace infoclip {
+
+bool has_isa(Isa isa) {
+#ifdef INFOCLIP_X86
+  // libgcc's test also asks the operating system (XGETBV) whether it saves the wide registers.
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == Isa::avx2) return avx2;
+  if (isa == Isa::avx512)
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+  return isa == Isa::baseline;
+}
+
+Isa best_isa() {
+  if (has_isa(Isa::avx512)) return Isa::avx512;
+  if (has_isa(Isa::avx2)) return Isa::avx2;
+  return Isa::baseline;
+}
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::avx512: return "avx512";
+    case Isa::avx2: return "avx2";
+    default: return "baseline";
+  }
+}
+
+Isa parse_isa(const std::string& name) {
+  if (name == "auto") return best_isa();
+  for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
+    if (name == isa_name(isa)) {
+      INFOCLIP_CHECK(has_isa(isa), "this CPU or build has no " + name);
+      return isa;
+    }
+  throw std::invalid_argument("infoclip._C: unknown instruction set '" + name + "'");
+}
+
+Team::Team(int threads) {
+  const int others = std::max(threads, 1) - 1;
+  threads_.reserve(others);
+  try {
+    for (int i = 0; i < others; ++i) threads_.emplace_back([this] { work(); });
+  } catch (const std::system_error&) {
+    // Fewer threads than asked for: slower, the same bits.
+  }
+}
+
+Team::~Team() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stop_ = true;
+  }
+  start_.notify_all();
+  for (auto& thread : threads_) thread.join();
+}
+
+void Team::drain() {
+  for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) (*item_)(i);
+}
+
+void Team::work() {
+  int64_t seen = 0;
+  std::unique_lock<std::mutex> lock(mutex_);
+  for (;;) {
+    start_.wait(lock, [&] { return stop_ || round_ != seen; });
+    if (stop_) return;
+    seen = round_;
+    lock.unlock();
+    drain();
+    lock.lock();
+    if (--busy_ == 0) done_.notify_one();
+  }
+}
+
+void Team::run(int64_t count, const std::function<void(int64_t)>& item) {
+  if (count <= 0) return;
+  if (threads_.empty() || count == 1) {
+    for (int64_t i = 0; i < count; ++i) item(i);
+    return;
+  }
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    item_ = &item;
+    count_ = count;
+    next_.store(0, std::memory_order_relaxed);
+    busy_ = static_cast<int>(threads_.size());
+    ++round_;
+  }
+  start_.notify_all();
+  drain();
+  std::unique_lock<std::mutex> lock(mutex_);
+  done_.wait(lock, [&] { return busy_ == 0; });
+}
+
+}  // namespace infoclip

@@ -1,0 +1,47 @@
+// Which instruction sets this CPU has, and a call-scoped team of threads.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace infoclip {
+
+enum class Isa { baseline = 0, avx2 = 1, avx512 = 2 };
+
+// The best set of instructions that both this build and this CPU (and its operating system) have.
+Isa best_isa();
+bool has_isa(Isa isa);
+const char* isa_name(Isa isa);
+// "auto" or a name; throws where the CPU lacks it.
+Isa parse_isa(const std::string& name);
+
+// n threads (the caller is one) that live as long as the call. Work items are handed out one by one, so a busy core
+// holds nobody up; every item must write its own place, which makes the result independent of the number of threads.
+class Team {
+ public:
+  explicit Team(int threads);
+  ~Team();
+  Team(const Team&) = delete;
+  Team& operator=(const Team&) = delete;
+  void run(int64_t count, const std::function<void(int64_t)>& item);
+
+ private:
+  void drain();
+  void work();
+  std::vector<std::thread> threads_;
+  std::mutex mutex_;
+  std::condition_variable start_, done_;
+  const std::function<void(int64_t)>* item_ = nullptr;
+  std::atomic<int64_t> next_{0};
+  int64_t count_ = 0;
+  int64_t round_ = 0;
+  int busy_ = 0;
+  bool stop_ = false;
+};
+
+}  // namespace infoclip
