@@ -1,0 +1,194 @@
+"""The native module ``infoclip._C``: this file alone loads it and takes the address of a tensor's data.
+
+The module is built by ``pip install .`` from ``csrc/``; it knows nothing of torch, so one build serves every torch.
+Where it is missing or does not load, its place is taken by a ``MissingBuild`` that raises, when used, with the reason
+and the remedy.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "MissingBuild",
+    "NativeUnavailableError",
+    "available",
+    "build_info",
+    "cost_volume_backward",
+    "cost_volume_forward",
+    "why_not",
+]
+
+DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+"""The dtypes that the native kernels take, by their code in ``csrc/``; float64 on the CPU only."""
+
+
+class NativeUnavailableError(RuntimeError):
+    """The native module was used where it cannot run; the message says why and how to mend it."""
+
+
+class MissingBuild:
+    """Stands for a native module that did not load: any use raises ``NativeUnavailableError``."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise NativeUnavailableError(self.reason)
+
+
+@functools.cache
+def _load() -> Any:
+    try:
+        return importlib.import_module("infoclip._C")
+    except ModuleNotFoundError as error:
+        if error.name != "infoclip._C":
+            return MissingBuild(f"the native module did not load: {error}.")
+        return MissingBuild(
+            "the native module infoclip._C is not built for this Python: run 'make setup', or "
+            "'pip install --no-build-isolation --no-deps -e .' in the source tree (a C++17 compiler is needed)."
+        )
+    except ImportError as error:
+        return MissingBuild(f"the native module did not load: {error}. Build it again with 'make setup'.")
+
+
+def _cuda_version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def why_not(device: str | torch.device = "cpu") -> str | None:
+    """Why the native kernels cannot run on tensors of this kind of device, or None where they can."""
+    module = _load()
+    if isinstance(module, MissingBuild):
+        return module.reason
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return None
+    if kind != "cuda":
+        return f"there is no native kernel for {kind}; there is one for cpu and cuda."
+    info = module.build_info()
+    if not info["cuda"]:
+        return "built without CUDA: put nvcc on PATH and build again with INFOCLIP_CUDA=1."
+    if not info["cuda_driver"]:
+        return "there is no NVIDIA driver on this machine."
+    if info["cuda_driver"] < info["cuda_runtime"] // 1000 * 1000:
+        return (
+            f"built with CUDA {_cuda_version(info['cuda_runtime'])}, but the driver only serves "
+            f"{_cuda_version(info['cuda_driver'])}: update the driver or build with an older nvcc."
+        )
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device."
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"built for compute capability 8.0 and above; this GPU has {major}.{minor}."
+    return None
+
+
+def available(device: str | torch.device = "cpu") -> bool:
+    """Whether the native kernels run on tensors of this kind of device."""
+    return why_not(device) is None
+
+
+def build_info() -> dict[str, Any]:
+    """What was built (compiler, instruction sets, CUDA) and what of it this CPU can use; ``{}`` without a build."""
+    module = _load()
+    return {} if isinstance(module, MissingBuild) else dict(module.build_info())
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    # An axis of length 1 or an empty tensor may carry any stride; it is never multiplied by anything but 0.
+    return list(tensor.stride())
+
+
+def _text_view(text: Tensor) -> tuple[Tensor, list[int], bool]:
+    shared = text.dim() == 3
+    return text, [0, *_strides(text)] if shared else _strides(text), shared
+
+
+def _stream(tensor: Tensor) -> int:
+    return int(torch.cuda.current_stream(tensor.device).cuda_stream) if tensor.is_cuda else 0
+
+
+def _work(module: Any, like: Tensor, sizes: list[int], shared: bool, **flags: bool) -> Tensor | None:
+    if not like.is_cuda:
+        return None
+    floats = module.cost_volume_work_floats(sizes, shared, **flags)
+    return torch.empty(floats, dtype=torch.float32, device=like.device)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _arguments(image: Tensor, text: Tensor, scale: float, isa: str, threads: int | None) -> dict[str, Any]:
+    text, text_strides, shared = _text_view(text)
+    classes, templates = text.shape[-3:-1]
+    return {
+        "cuda": image.is_cuda,
+        "sizes": [image.shape[0], image.shape[1], classes, templates, image.shape[2]],
+        "dtype": DTYPES[image.dtype],
+        "shared": shared,
+        "scale": scale,
+        "image": image.data_ptr(),
+        "image_s": _strides(image),
+        "text": text.data_ptr(),
+        "text_s": text_strides,
+        "isa": isa,
+        "threads": threads if threads is not None else torch.get_num_threads(),
+        "stream": _stream(image),
+    }
+
+
+def cost_volume_forward(
+    image: Tensor,  # [B, N, d]
+    text: Tensor,  # [T, P, d] or [B, T, P, d]
+    out: Tensor,  # [B, P, T, N] contiguous, written
+    scale: float,
+    *,
+    isa: str = "auto",
+    threads: int | None = None,
+) -> None:
+    """Write ``scale`` times the cosine similarities into ``out``; the tensors share device and dtype.
+
+    ``isa`` is ``auto``, ``baseline``, ``avx2`` or ``avx512``; ``threads`` is torch's number where None. Raises
+    ``NativeUnavailableError`` without a build and ``ValueError`` for an instruction set that the CPU lacks.
+    """
+    module = _load()
+    arguments = _arguments(image, text, scale, isa, threads)
+    with torch.cuda.device_of(image):
+        work = _work(module, image, arguments["sizes"], arguments["shared"], backward=False)
+        module.cost_volume_forward(**arguments, out=out.data_ptr(), work=_address(work))
+
+
+def cost_volume_backward(
+    grad: Tensor,  # [B, P, T, N]
+    image: Tensor,  # [B, N, d]
+    text: Tensor,  # [T, P, d] or [B, T, P, d]
+    d_image: Tensor | None,  # [B, N, d] contiguous, written
+    d_text: Tensor | None,  # as text, contiguous, written
+    scale: float,
+    *,
+    isa: str = "auto",
+    threads: int | None = None,
+) -> None:
+    """Write the gradients of ``cost_volume_forward``; one that is None is not computed. Raises as the forward."""
+    module = _load()
+    arguments = _arguments(image, text, scale, isa, threads)
+    wanted = {"d_image": d_image is not None, "d_text": d_text is not None}
+    with torch.cuda.device_of(image):
+        work = _work(module, image, arguments["sizes"], arguments["shared"], backward=True, **wanted)
+        module.cost_volume_backward(
+            **arguments,
+            grad=grad.data_ptr(),
+            grad_s=_strides(grad),
+            d_image=_address(d_image),
+            d_text=_address(d_text),
+            work=_address(work),
+        )
