@@ -39,8 +39,6 @@ __all__ = ["EVAL_SEED", "METHODS", "Method", "demo"]
 EVAL_SEED = 424_242
 """Seed of the evaluation scenes: one set for every method, seed and split."""
 
-_PANELS = 6
-_TRY = "--classes 'red striped circle, blue plain square, grass, water' --out predictions"
 _SECONDS_A_STEP = 0.3  # on two CPU cores, for the estimate before anything was measured
 
 
@@ -101,6 +99,7 @@ def demo(
 
     from infoclip.data.scenes import split_classes
     from infoclip.evaluate.run import without_nan
+    from infoclip.report.demo_page import demo_page
 
     seeds = list(seeds)
     if not seeds or len(set(seeds)) != len(seeds):
@@ -118,7 +117,9 @@ def demo(
         runs = _run_jobs(jobs, truth, work, progress, console)
         results = _summary(runs, jobs, split, time.perf_counter() - started)
         (work / "results.json").write_text(json.dumps(without_nan(results), indent=1) + "\n", encoding="utf-8")
-        (work / "report.html").write_text(_report(results, runs, work, truth), encoding="utf-8")
+        (work / "report.html").write_text(
+            demo_page(results, work / str(seeds[0]), truth, _try_it(out)), encoding="utf-8"
+        )
         _put_in_place(work, out, seeds)
     except OSError as error:
         if isinstance(error, InfoclipError):
@@ -131,8 +132,13 @@ def demo(
     console.print(_terminal_table(results))
     console.print(f"Report:  {out / 'report.html'}", soft_wrap=True)
     console.print(f"Figures: {out / 'results.json'}", soft_wrap=True)
-    console.print(f"Try it:  infoclip predict {out / 'infoclip'} PICTURE {_TRY}", soft_wrap=True)
+    console.print(f"Try it:  {_try_it(out)}", soft_wrap=True)
     return results
+
+
+def _try_it(out: Path) -> str:
+    names = "red striped circle, blue plain square, grass, water"
+    return f"infoclip predict {out / 'infoclip'} PICTURE --classes '{names}' --out predictions"
 
 
 # Settings and data
@@ -371,291 +377,23 @@ def _std(values: Sequence[float]) -> float:
     return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else 0.0
 
 
-_COLUMNS = (("seen", "seen mIoU"), ("unseen", "unseen mIoU"), ("harmonic", "harmonic mean"))
-
-
-def _rows(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, bool]]]]:
-    """Method names and their cells, with the best mIoU figures marked."""
-    methods = results["methods"].values()
-    several = len(results["seeds"]) > 1
-    rows = []
-    for method in methods:
-        cells = []
-        for key, _ in _COLUMNS:
-            best = max((m["mean"][key] for m in methods if not math.isnan(m["mean"][key])), default=math.inf)
-            cells.append((_figure(method, key, 1, several), method["mean"][key] >= best))
-        trained = method["recipe"] is not None
-        cells.append((_figure(method, "train_seconds", 0, several) if trained else "-", False))
-        cells.append((_figure(method, "peak_memory_mib", 0, False), False))
-        rows.append((method["name"], cells))
-    return rows
-
-
-def _figure(method: Mapping[str, Any], key: str, digits: int, several: bool) -> str:
-    value = f"{method['mean'][key]:.{digits}f}"
-    return f"{value} ± {method['std'][key]:.{digits}f}" if several else value
-
-
-def _header() -> list[str]:
-    return ["method", *(name for _, name in _COLUMNS), "training s", "peak memory MiB"]
-
-
 def _terminal_table(results: Mapping[str, Any]) -> Any:
     from rich.table import Table
+
+    from infoclip.report.demo_page import table_header, table_rows
 
     seeds = results["seeds"]
     unseen = len(results["unseen_classes"])
     table = Table(
-        title=f"{len(results['seen_classes'])} seen and {unseen} unseen classes ({results['split']} split), "
+        title=f"mIoU on {len(results['seen_classes'])} seen and {unseen} unseen classes ({results['split']} split), "
         + (f"mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"),
         title_justify="left",
     )
-    for i, name in enumerate(_header()):
-        table.add_column(name, justify="left" if i == 0 else "right")
-    for name, cells in _rows(results):
+    for i, name in enumerate(table_header()):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for name, cells in table_rows(results):
         table.add_row(name, *(f"[bold]{value}[/bold]" if best else value for value, best in cells))
     return table
-
-
-def _verdict(results: Mapping[str, Any]) -> str:
-    """One sentence on what was seen, whichever way it went."""
-    gains = results["gain_of_infoclip_over_finetune"]
-    unseen, seen = _mean([g["unseen"] for g in gains]), _mean([g["seen"] for g in gains])
-    better = sum(g["unseen"] > 0 for g in gains)
-    count = f" (better in {better} of {len(gains)} seeds)" if len(gains) > 1 else ""
-    return (
-        f"Against plain fine-tuning, InfoCLIP's objective changes the mIoU on unseen classes by {unseen:+.1f} points"
-        f"{count} and on seen classes by {seen:+.1f}."
-    )
-
-
-# The report
-
-
-def _report(results: dict[str, Any], runs: Sequence[dict[str, Any]], work: Path, truth: Path) -> str:
-    from infoclip.report.html import Cell, Page
-
-    page = Page("InfoCLIP on generated scenes")
-    page.paragraph(_verdict(results), "lead")
-    seeds = results["seeds"]
-    page.paragraph(
-        f"Four methods, one tiny CLIP. Each learns on {len(results['seen_classes'])} seen classes and is tested on "
-        f"{results['methods']['infoclip']['runs'][0]['evaluation']['images']} other scenes with all "
-        f"{len(results['seen_classes']) + len(results['unseen_classes'])} classes as candidates "
-        f"({results['split']} split, "
-        + (f"seeds {', '.join(map(str, seeds))}: mean ± standard deviation" if len(seeds) > 1 else f"seed {seeds[0]}")
-        + ")."
-    )
-    page.table(_header(), [[name, *(Cell(*cell) for cell in cells)] for name, cells in _rows(results)])
-    page.paragraph(
-        "mIoU in percent, over the classes present in the ground truth. Harmonic mean of seen and unseen. Peak memory "
-        "is that of the method's own process.",
-        "soft",
-    )
-    _charts(page, results, work, seeds[0])
-    _panels(page, results, work / str(seeds[0]), truth)
-    _maps(page, results, work / str(seeds[0]), truth)
-    _classes(page, results)
-    page.heading("How to repeat it")
-    page.code(
-        f"infoclip demo --split {results['split']} --seeds {','.join(map(str, seeds))}\n"
-        f"infoclip predict runs/demo/infoclip PICTURE {_TRY}"
-    )
-    page.details_code("Settings of InfoCLIP", json.dumps(results["methods"]["infoclip"]["config"], indent=1))
-    page.details_code("Environment", json.dumps(results["environment"], indent=1))
-    return page.render()
-
-
-def _charts(page: Any, results: Mapping[str, Any], work: Path, seed: int) -> None:
-    from infoclip.engine.log import read_log
-    from infoclip.report.curves import SERIES_COLORS, Series, bar_chart, line_chart
-    from infoclip.report.html import Markup
-
-    methods = results["methods"]
-    keys = [key for key, _ in _COLUMNS]
-    bars = [(m["name"], [m["mean"][k] for k in keys], [m["std"][k] for k in keys]) for m in methods.values()]
-    cards = [("Quality", Markup(bar_chart(["seen", "unseen", "harmonic mean"], bars, y_label="mIoU, %")),
-              "Bars: standard deviation over seeds." if len(results["seeds"]) > 1 else "One seed.")]  # fmt: skip
-    color = {method.key: SERIES_COLORS[i] for i, method in enumerate(METHODS)}
-    logs = {m.key: read_log(work / str(seed) / m.key / "log.jsonl") for m in METHODS if m.trains}
-    task = [
-        Series(methods[key]["name"], [line["step"] for line in log],
-               [line["losses"].get("segmentation") or math.nan for line in log], color[key])
-        for key, log in logs.items()
-    ]  # fmt: skip
-    cards.append(("Segmentation loss", Markup(line_chart(task, x_label="step", y_label="loss", log_y=True)),
-                  f"Seed {seed}, means between logging steps."))  # fmt: skip
-    lines = logs["infoclip"]
-    names = list(dict.fromkeys(name for line in lines for name in line["losses"] if name != "segmentation"))
-    for name in names:
-        points = [(line["step"], line["losses"].get(name)) for line in lines]
-        kept = [(step, value) for step, value in points if value is not None]
-        series = Series(name, [s for s, _ in kept], [v for _, v in kept], color["infoclip"])
-        cards.append((f"Alignment term: {name}",
-                      Markup(line_chart([series], x_label="step", y_label=name)),
-                      "InfoCLIP only; weighted, as it enters the loss."))  # fmt: skip
-    page.heading("Curves")
-    page.cards(cards)
-
-
-def _panels(page: Any, results: Mapping[str, Any], folder: Path, truth: Path) -> None:
-    import numpy as np
-
-    from infoclip.data.scenes import SCENE_CLASSES
-    from infoclip.report.html import chip, figure
-    from infoclip.report.overlay import overlay
-
-    predictions = {m.key: np.load(folder / f"{m.key}.npz")["labels"] for m in METHODS}
-    unseen = set(results["unseen_classes"])
-    page.heading("Pictures")
-    page.paragraph(
-        "The first test scenes that hold both seen and unseen objects. The same class has the same colour everywhere; "
-        "below each prediction stands the share of its pixels that are right."
-    )
-    for index in _examples(truth, unseen, _PANELS):
-        image, mask = _sample(truth, index)
-        figures = [
-            figure(image, "image"),
-            figure(overlay(image, mask, SCENE_CLASSES, legend=False, alpha=0.8), "truth"),
-        ]
-        found = set(np.unique(mask).tolist())
-        mistaken: dict[int, float] = {}
-        for method in METHODS:
-            labels = predictions[method.key][index]
-            right = float((labels == mask).mean())
-            figures.append(figure(overlay(image, labels, SCENE_CLASSES, legend=False, alpha=0.8), method.name,
-                                  f"{100 * right:.0f} % right"))  # fmt: skip
-            for label, count in zip(*np.unique(labels, return_counts=True), strict=True):
-                if int(label) not in found and count / labels.size > 0.005:
-                    mistaken[int(label)] = max(mistaken.get(int(label), 0.0), count / labels.size)
-        chips = [chip(SCENE_CLASSES[i], i, "unseen" if SCENE_CLASSES[i] in unseen else "") for i in sorted(found)]
-        worst = sorted(mistaken, key=lambda i: -mistaken[i])[:10]
-        chips += [chip(SCENE_CLASSES[i], i, "not in the scene") for i in worst]
-        page.panel("", figures, chips)
-
-
-def _maps(page: Any, results: Mapping[str, Any], folder: Path, truth: Path) -> None:
-    """Alignment maps of teacher and students for a few classes."""
-    import numpy as np
-
-    from infoclip.data.scenes import SCENE_CLASSES
-    from infoclip.report.html import figure
-
-    maps = _alignment_maps(folder, truth, _examples(truth, set(results["unseen_classes"]), 3))
-    page.heading("Alignment maps")
-    page.paragraph(
-        "How strongly each patch and a class's text are aligned (R of the paper): in the frozen teacher, whose map the "
-        "objective hands on, and in the two fine-tuned students, seen through the same alignment module. Each map runs "
-        "from its own smallest to its own largest value; three classes of each scene."
-    )
-    for index, rows in maps:
-        image, mask = _sample(truth, index)
-        order = np.argsort(-np.bincount(mask.flatten(), minlength=len(SCENE_CLASSES)))
-        present = [int(i) for i in order if (mask == i).any()]
-        figures = []
-        for label in sorted(present, key=lambda i: SCENE_CLASSES[i] not in results["unseen_classes"])[:3]:
-            unseen = SCENE_CLASSES[label] in results["unseen_classes"]
-            tinted = np.where((mask == label)[..., None], image, (image * 0.35).astype(np.uint8))
-            figures.append(figure(tinted, SCENE_CLASSES[label], "unseen class" if unseen else "seen class"))
-            for name, values in rows.items():
-                figures.append(figure(_heat(values[label]), name))
-        page.panel("", figures, columns=1 + len(rows))
-
-
-def _alignment_maps(
-    folder: Path, truth: Path, indices: Sequence[int]
-) -> list[tuple[int, dict[str, NDArray[np.float32]]]]:
-    """For each scene: name -> R as [T, h, w], of the teacher and of both students."""
-    import torch
-
-    from infoclip.api import as_pixels, load
-    from infoclip.clip import load_clip
-    from infoclip.data.scenes import SCENE_CLASSES
-    from infoclip.engine.checkpoint import latest_checkpoint, load_checkpoint
-    from infoclip.errors import CheckpointError
-    from infoclip.model.inference import preprocess
-    from infoclip.objective import AlignmentObjective, Embeddings
-
-    student, plain = load(folder / "infoclip", "cpu"), load(folder / "finetune", "cpu")
-    teacher = load_clip(student.config.clip).frozen_copy()
-    objective = AlignmentObjective(student.config.align, teacher.embed_dim)
-    newest = latest_checkpoint(folder / "infoclip" / "checkpoints")
-    if newest is None:
-        raise CheckpointError(f"{folder / 'infoclip'} has no checkpoint, which holds the alignment module.")
-    objective.load_state_dict(load_checkpoint(newest[1])["objective"])
-    objective.eval()
-    result = []
-    with torch.no_grad():
-        texts = [clip.text_features(SCENE_CLASSES).mean(dim=1) for clip in
-                 (teacher, student.segmentor.clip, plain.segmentor.clip)]  # fmt: skip
-        for index in indices:
-            pixels = as_pixels(truth / "images" / f"{index:06d}.png")
-            views = []
-            for clip, text in zip((teacher, student.segmentor.clip, plain.segmentor.clip), texts, strict=True):
-                dense = clip.encode_image(preprocess(pixels, clip)[None]).dense
-                grid = (dense.shape[2], dense.shape[3])
-                views.append(Embeddings(dense.flatten(2).transpose(1, 2), text))
-            of_teacher, of_student = objective.alignment_maps(views[1], views[0])
-            of_plain = objective.alignment_maps(views[2], views[0])[1]
-            named = {"teacher": of_teacher, "fine-tuned": of_plain, "InfoCLIP": of_student}
-            result.append((index, {k: v[0].T.unflatten(1, grid).float().numpy() for k, v in named.items()}))
-    return result
-
-
-def _heat(values: NDArray[np.float32]) -> NDArray[np.uint8]:  # [h, w] -> [h, w, 3]
-    import matplotlib as mpl
-    import numpy as np
-
-    low, high = float(values.min()), float(values.max())
-    scaled = (values - low) / (high - low) if high > low else np.zeros_like(values)
-    return (mpl.colormaps["magma"](scaled)[..., :3] * 255).round().astype(np.uint8)
-
-
-def _classes(page: Any, results: Mapping[str, Any]) -> None:
-    from infoclip.report.html import Cell
-
-    methods = results["methods"].values()
-    tables = [m["runs"][0]["evaluation"]["per_class"] for m in methods]
-    rows = []
-    for column in zip(*tables, strict=True):
-        values = [row["iou"] for row in column]
-        known = [v for v in values if v is not None]
-        cells = [Cell("-" if v is None else f"{100 * v:.1f}", v is not None and v == max(known)) for v in values]
-        rows.append([column[0]["name"], "seen" if column[0]["seen"] else "unseen", *cells])
-    header = ["class", "", *(m["name"] for m in methods)]
-    page.heading("Class by class")
-    page.details(f"IoU in percent of all {len(rows)} classes, seed {results['seeds'][0]}", header, rows)
-
-
-def _examples(truth: Path, unseen: set[str], count: int) -> list[int]:
-    """The first scenes that hold a seen object and an unseen one, each over at least 2 % of the picture."""
-    import numpy as np
-
-    from infoclip.data.scenes import OBJECT_CLASSES
-
-    total = len(list((truth / "masks").glob("*.png")))
-    found = []
-    for index in range(total):
-        _, mask = _sample(truth, index)
-        shares = np.bincount(mask.flatten(), minlength=len(OBJECT_CLASSES))[: len(OBJECT_CLASSES)] / mask.size
-        kinds = {name in unseen for name, share in zip(OBJECT_CLASSES, shares, strict=True) if share >= 0.02}
-        if kinds == {True, False}:
-            found.append(index)
-        if len(found) == count:
-            break
-    return found or list(range(min(count, total)))
-
-
-def _sample(truth: Path, index: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Image [H, W, 3] and mask [H, W] of one test scene."""
-    import numpy as np
-    from PIL import Image
-
-    with (
-        Image.open(truth / "images" / f"{index:06d}.png") as image,
-        Image.open(truth / "masks" / f"{index:06d}.png") as mask,
-    ):
-        return np.array(image.convert("RGB")), np.array(mask)
 
 
 # Files

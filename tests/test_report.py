@@ -123,9 +123,15 @@ def test_overlay_refuses_what_does_not_fit() -> None:
 
 
 def test_charts_are_svg_with_the_names_in_them() -> None:
-    line = line_chart([Series("first <&>", [1, 2, 3], [3.0, float("nan"), 1.0])], x_label="step", y_label="loss")
+    other = Series("other", [1, 3], [0.2, 20.0])
+    line = line_chart(
+        [Series("first <&>", [1, 2, 3], [3.0, float("nan"), 1.0]), other], x_label="step", y_label="loss", log_y=True
+    )
     bars = bar_chart(["g1", "g2"], [("b", [1.5, float("nan")], [0.2, 0.0])], y_label="mIoU, %")
-    for chart, words in ((line, ["first <&>", "step", "loss"]), (bars, ["g1", "g2", "b", "1.5", "mIoU, %"])):
+    for chart, words in (
+        (line, ["first <&>", "other", "step", "loss", "1", "10"]),
+        (bars, ["g1", "g2", "b", "1.5", "mIoU, %"]),
+    ):
         root = ElementTree.fromstring(chart)
         assert root.tag == f"{SVG}svg"
         texts = {"".join(node.itertext()).strip() for node in root.iter(f"{SVG}text")}
@@ -176,7 +182,9 @@ def test_page_is_self_contained_and_escapes_everything() -> None:
     page.table([evil, "b"], [[evil, Cell(evil, best=True)]])
     chart = line_chart([Series(evil, [1, 2], [1.0, 2.0])], x_label=evil, y_label=evil)
     page.cards([(evil, Markup(chart), evil)])
-    page.panel(evil, [figure(picture(), evil, evil)], [chip(evil, 3, evil)])
+    page.panel(
+        evil, [figure(picture(), evil, evil)], [chip(evil, 3, evil), chip(evil, 4, evil, wrong=True)], small=True
+    )
     page.details(evil, [evil], [[evil]])
     page.details_code(evil, evil)
     text = page.render()

@@ -35,12 +35,14 @@ class Series:
 def line_chart(
     series: Sequence[Series], *, x_label: str, y_label: str, log_y: bool = False, size: tuple[float, float] = (6.4, 3.2)
 ) -> str:
-    """Lines in one chart with a legend, as an ``<svg>`` element.
+    """Lines in one chart, with a legend for several, as an ``<svg>`` element.
 
     Args:
         log_y: logarithmic axis, where every value is positive; else it stays linear.
         size: width and height in inches; the page scales the chart to its own width.
     """
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
     figure, axes = _figure(size)
     for i, line in enumerate(series):
         color = line.color or SERIES_COLORS[i % len(SERIES_COLORS)]
@@ -50,9 +52,13 @@ def line_chart(
         axes.plot(line.x, y, label=line.name, color=color, linestyle=_STYLES[i % len(_STYLES)], marker=marker)
     if log_y and all(v > 0 for line in series for v in line.y if math.isfinite(v)):
         axes.set_yscale("log")
+        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis(lambda value, _: f"{value:g}")  # plain numbers: powers of ten would be drawn as paths
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    if series:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(series) > 1:
         axes.legend(frameon=False, fontsize=9)
     return _svg(figure, f"{y_label} over {x_label}")
 

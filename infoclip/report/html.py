@@ -27,9 +27,10 @@ Markup = NewType("Markup", str)
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fbfbfa; --card: #ffffff; --ink: #1d2127; --soft: #626a75;
-  --line: #dfe2e6; --mark: #e8f5ef; --accent: #0b7a55; }
+  --line: #dfe2e6; --mark: #e8f5ef; --accent: #0b7a55; --wrong: #a4480c; }
 @media (prefers-color-scheme: dark) { :root { --ground: #15181c; --card: #1d2126; --ink: #e7e9ec; --soft: #9aa3ae;
-  --line: #343a42; --mark: #173429; --accent: #4fd1a1; } }
+  --line: #343a42; --mark: #173429; --accent: #4fd1a1;
+  --wrong: #f0a06a; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 72rem; padding: 2rem 1.2rem 4rem; background: var(--ground); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
@@ -62,6 +63,8 @@ figcaption { margin-top: .25rem; line-height: 1.3; }
 .chip { display: inline-flex; align-items: center; gap: .4rem; }
 .chip i { width: 1rem; height: 1rem; border-radius: .25rem; border: 1px solid rgba(128, 128, 128, .6); flex: none; }
 .chip b { font-weight: 600; color: var(--accent); }
+.chip s { text-decoration: none; color: var(--wrong); }
+.small { max-width: 40rem; }
 details { margin: .8rem 0; }
 summary { cursor: pointer; color: var(--soft); }
 @media print { body { max-width: none; } .panel, .card { break-inside: avoid; } }
@@ -107,12 +110,14 @@ class Page:
         )
         self._parts.append(f'<div class="cards">{inner}</div>')
 
-    def panel(self, title: str, figures: Sequence[Markup], chips: Sequence[Markup] = (), columns: int = 0) -> None:
-        """A row of pictures with a legend beneath; ``columns`` a row, by default all in one."""
+    def panel(
+        self, title: str, figures: Sequence[Markup], chips: Sequence[Markup] = (), columns: int = 0, small: bool = False
+    ) -> None:
+        """Pictures with a legend beneath; ``columns`` a row, by default all in one; ``small`` ones stay narrow."""
         legend = f'<div class="chips">{"".join(chips)}</div>' if chips else ""
         heading = f"<h3>{html.escape(title)}</h3>" if title else ""
         self._parts.append(
-            f'<div class="card panel">{heading}<div class="wide"><div class="row" style="--columns: '
+            f'<div class="card panel">{heading}<div class="wide"><div class="row{" small" * small}" style="--columns: '
             f'{columns or max(1, len(figures))}">{"".join(figures)}</div></div>{legend}</div>'
         )
 
@@ -157,10 +162,11 @@ def figure(image: Image.Image | NDArray[np.uint8], title: str, note: str = "", p
     return Markup(f"<figure>{picture(image, title, pixelated)}<figcaption>{caption}</figcaption></figure>")
 
 
-def chip(name: str, index: int, mark: str = "") -> Markup:
-    """A legend's entry: the colour of a class index, its name, and a mark such as "unseen"."""
+def chip(name: str, index: int, mark: str = "", wrong: bool = False) -> Markup:
+    """A legend's entry: the colour of a class index, its name, and a mark such as "unseen"; ``wrong`` marks a fault."""
     color = hex_color(palette(index + 1)[-1])
-    extra = f" <b>{html.escape(mark)}</b>" if mark else ""
+    tag = "s" if wrong else "b"
+    extra = f" <{tag}>{html.escape(mark)}</{tag}>" if mark else ""
     return Markup(f'<span class="chip"><i style="background: {color}"></i>{html.escape(name)}{extra}</span>')
 
 
