@@ -28,7 +28,7 @@ $(VENV)/.built: $(VENV)/.requirements $(NATIVE)
 
 setup: $(VENV)/.built ## Make .venv, install the pinned requirements, build the native module
 
-demo: setup ## Fine-tune the shipped CLIP without and with InfoCLIP's objective; table, pictures, report (DEMO="--seeds 0 1 2")
+demo: setup ## Fine-tune the shipped CLIP without and with InfoCLIP's objective; table, pictures, report (DEMO="--seeds 0,1,2")
 	@$(BIN)/infoclip demo --out runs/demo $(DEMO)
 
 test: lint ## Lint, types and the whole test suite (PYTEST="-k cost_volume" for a part)
