@@ -86,6 +86,12 @@ void multiply(const Blocks<C>& k, Team& team, const C* A, int64_t rows, const C*
   });
 }
 
+// A thread's wake-up costs as much as about 20 million operations: a small image is not worth a second one.
+int useful_threads(const CostVolume& p, int threads) {
+  const double work = 2.0 * p.N * p.P * p.T * p.D;
+  return static_cast<int>(std::min<double>(std::max(threads, 1), 1.0 + work / 2e7));
+}
+
 template <class C>
 void forward(const CostVolume& p, Isa isa, int threads) {
   const Blocks<C>& k = blocks_of<C>(isa);
@@ -93,7 +99,7 @@ void forward(const CostVolume& p, Isa isa, int threads) {
   const int64_t text_panels = ceil_div(R, k.mr), image_panels = ceil_div(p.N, k.nr);
   const auto text_off = text_offsets(p), image_off = image_offsets(p);
   Buffer<C> text(text_panels * k.mr * p.D), image(image_panels * k.nr * p.D);
-  Team team(threads);
+  Team team(useful_threads(p, threads));
   for (int64_t b = 0; b < p.B; ++b) {
     const int64_t pack_text = (b == 0 || !p.shared) ? text_panels : 0;
     team.run(pack_text + image_panels, [&](int64_t i) {
@@ -140,7 +146,7 @@ void backward(const CostVolume& p, Isa isa, int threads) {
   Buffer<C> d_unit_image(p.d_image ? N * D : 0);
   Buffer<C> image_columns(p.d_text ? d_panels * k.nr * N : 0), grad_rows(p.d_text ? r_panels * k.mr * N : 0);
   Buffer<C> d_unit_text(p.d_text ? R * D : 0);
-  Team team(threads);
+  Team team(useful_threads(p, threads));
   constexpr int64_t kRows = 16;  // rows of the projection in a work item
 
   auto finish = [&](const C* g, int64_t rows, const void* x, const std::vector<int64_t>& off, int64_t stride,

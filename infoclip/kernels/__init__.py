@@ -2,8 +2,8 @@
 
 Each op is a package ``infoclip.kernels.<op>`` with up to three backends: ``reference`` (plain PyTorch, any device),
 ``triton`` (CUDA, or Triton's interpreter) and ``native`` (C++ on the CPU, CUDA C++ on the GPU). A call takes its
-``backend=`` argument, else the variable ``INFOCLIP_BACKEND``, else ``auto``. A backend asked for by name works or raises
-``BackendUnavailableError`` with the reason; ``auto`` takes the first of its list that can run.
+``backend=`` argument, else the variable ``INFOCLIP_BACKEND``, else ``auto``. A backend asked for by name works or
+raises ``BackendUnavailableError`` with the reason; ``auto`` takes the first of its list that can run.
 """
 
 from __future__ import annotations

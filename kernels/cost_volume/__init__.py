@@ -1,4 +1,4 @@
-"""Cosine similarities of every pixel with every prompt: the cost volume of CAT-Seg (section 3.2) that InfoCLIP reads."""
+"""Cosine similarities of every pixel with every prompt: the cost volume of CAT-Seg, section 3.2."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ def cost_volume(
     if text_feats.dim() == 4 and text_feats.shape[0] != batch:
         raise ValueError(f"text_feats: expected a batch of {batch} as image_feats has, got {text_feats.shape[0]}")
     if image_feats.device != text_feats.device:
-        raise ValueError(f"image_feats is on {image_feats.device}, text_feats on {text_feats.device}: expected one device")
+        raise ValueError(
+            f"image_feats is on {image_feats.device}, text_feats on {text_feats.device}: expected one device"
+        )
     if temperature is not None and not temperature > 0:
         raise ValueError(f"temperature: expected a number above 0, got {temperature}")
 

@@ -107,6 +107,7 @@ if _MISSING is None:
         depth_summand,
         SCALE_ENDS: tl.constexpr,  # row and column inverses are applied to the finished sums
         SCALE_DEPTH: tl.constexpr,  # the depth inverse is applied to a
+        WIDEN: tl.constexpr,  # halves are widened before they are multiplied: the same products, for the interpreter
         PRECISION: tl.constexpr,
         BM: tl.constexpr,
         BN: tl.constexpr,
@@ -133,6 +134,9 @@ if _MISSING is None:
                     p_depth = depth_inverse + i_batch * depth_batch + i_s * depth_summand + o_k
                     b_depth = tl.load(p_depth, mask=m_k, other=0.0)
                     b_a = b_a.to(tl.float32) * b_depth[None, :]
+                    b_b = b_b.to(tl.float32)
+                elif WIDEN:
+                    b_a = b_a.to(tl.float32)
                     b_b = b_b.to(tl.float32)
                 b_acc = tl.dot(b_a, b_b, b_acc, input_precision=PRECISION)
         if SCALE_ENDS:
@@ -219,7 +223,9 @@ def _product(out: Tensor, dims: dict[str, Any], **arguments: Any) -> None:
     batches, M, N = out.shape
     if out.numel():
         grid = (triton.cdiv(N, BN), triton.cdiv(M, BM), batches)
-        product_kernel[grid](out=out, M=M, N=N, **dims, **arguments, BM=BM, BN=BN, BK=BK)
+        # The interpreter multiplies bfloat16 as the integers that store it.
+        widen = _interpreted()
+        product_kernel[grid](out=out, M=M, N=N, **dims, **arguments, WIDEN=widen, BM=BM, BN=BN, BK=BK)
 
 
 class _Sizes:
