@@ -613,7 +613,8 @@ def _save(clip: DenseCLIP, config: PretrainConfig, metrics: dict[str, float], se
 
     state = {key: value.half().contiguous() for key, value in clip.stock_state_dict().items()}
     weights = folder / "model.safetensors"
-    save_file(state, weights, metadata={"format": "pt", "quick_gelu": "false"})
+    # One entry: safetensors writes several in random order, and the same training is to give the same bytes.
+    save_file(state, weights, metadata={"quick_gelu": "false"})
     weights.chmod(0o644)  # safetensors writes for the owner alone; a package is for everybody
     _json(folder / "config.json", scenes_model_config())
     _json(folder / "vocabulary.json", scenes_vocabulary())
