@@ -88,7 +88,7 @@ class AlignConfig:
     alpha: float = 2.0
     """Order of the matrix-based Renyi entropy; 2 needs no eigenvalues."""
     samples: Literal["batch", "pixel", "class"] = "batch"
-    """What is one sample of a Gram matrix: an image's whole map, a pixel's row, a class's column."""
+    """What is one sample of a Gram matrix: an image's map (needs two or more), a pixel's row, a class's column."""
     center: bool = False
     """Subtract the mean over the samples from the alignment maps before the Gram matrices."""
     transfer_weight: float = 1.0
@@ -98,9 +98,12 @@ class AlignConfig:
     temperature: float = 0.1
     """Of InfoNCE, and of the softmax over classes in ``kl``."""
     lpam: Literal["learnt", "cosine"] = "learnt"
-    """The alignment module: learnt (published), or fixed to the cosine map."""
+    """The alignment module: learnt (published), or fixed to the cosine map (nothing learns from L_c then: left out)."""
     lpam_init: Literal["default", "cosine"] = "default"
-    """``cosine`` starts the key projection at zero, so that the first map is the cosine map."""
+    """``cosine`` starts the key projection at zero and does not centre the embeddings, so that the first map is exactly
+    the cosine map."""
+    transfer_to_lpam: Literal["both", "teacher", "student", "none"] = "both"
+    """Through which maps L_d teaches the alignment module: both (published), one of them, or neither."""
     start_step: int = 0
     """The objective is off before this step, so that the head can learn first."""
     ramp_steps: int = 0
@@ -248,6 +251,8 @@ class Config:
         _require(m.pooling_train >= 1 and m.pooling_eval >= 1, "model.pooling_train", m.pooling_train, "at least 1")
         _require(m.pad_len >= 0, "model.pad_len", m.pad_len, "0 or more")
         _require(self.align.alpha > 0, "align.alpha", self.align.alpha, "greater than 0")
+        _require(self.align.start_step >= 0, "align.start_step", self.align.start_step, "0 or more")
+        _require(self.align.ramp_steps >= 0, "align.ramp_steps", self.align.ramp_steps, "0 or more")
         _require(self.align.temperature > 0, "align.temperature", self.align.temperature, "greater than 0")
         _require(self.train.steps >= 1, "train.steps", self.train.steps, "at least 1")
         _require(

@@ -16,7 +16,12 @@ from infoclip.objective import (
 )
 
 # InfoSAM's relation module has one mask token where LPAM has texts, and an image feature where LPAM has pixels.
-_LPAM_NAMES = {"layer_norm_mask": "norm_text", "layer_norm_feat": "norm_pixel", "query_proj": "query", "key_proj": "key"}
+_LPAM_NAMES = {
+    "layer_norm_mask": "norm_text",
+    "layer_norm_feat": "norm_pixel",
+    "query_proj": "query",
+    "key_proj": "key",
+}
 
 
 def _relation_module(case: Case) -> LPAM:
@@ -48,7 +53,10 @@ def check_renyi_infosam(case: Case) -> list[Row]:
     norm_f = case.leaf("in.norm_f_t")
     value = -renyi_entropy(norm_f)
     value.backward()
-    rows += [case.row("out.log2_frobenius_sq_of_normalised_gram", value), case.row("grad.log2_frobenius.norm_f", norm_f.grad)]
+    rows += [
+        case.row("out.log2_frobenius_sq_of_normalised_gram", value),
+        case.row("grad.log2_frobenius.norm_f", norm_f.grad),
+    ]
 
     z1, z2, norm_f = case.leaf("in.z1"), case.leaf("in.z2"), case.leaf("in.norm_f_t")
     value = compression_loss(norm_f, z1.flatten(1), z2.flatten(1))
@@ -109,13 +117,14 @@ def check_rc(case: Case) -> list[Row]:
     if "out.multi.loss" in case:
         maps = [[case.tensor(f"in.{name}.{side}") for name in names] for side in "ab"]
         rows.append(case.row("out.multi.loss", representation_compensation(*maps, scales=scales)))
-    a, b = case.tensor("in.square.a"), case.tensor("in.square.b")
-    if "out.square.loss_frobenius_pow" in case:
-        value = representation_compensation(a, b, scales=scales, prepare=torch.square, difference=_frobenius)
-        rows.append(case.row("out.square.loss_frobenius_pow", value))
-    if "out.square.loss_l1_none" in case:
-        value = representation_compensation(a, b, scales=scales, prepare=lambda x: x, difference=_l1)
-        rows.append(case.row("out.square.loss_l1_none", value))
+    for name in names:
+        a, b = case.tensor(f"in.{name}.a"), case.tensor(f"in.{name}.b")
+        if f"out.{name}.loss_frobenius_pow" in case:
+            value = representation_compensation(a, b, scales=scales, prepare=torch.square, difference=_frobenius)
+            rows.append(case.row(f"out.{name}.loss_frobenius_pow", value))
+        if f"out.{name}.loss_l1_none" in case:
+            value = representation_compensation(a, b, scales=scales, prepare=lambda x: x, difference=_l1)
+            rows.append(case.row(f"out.{name}.loss_l1_none", value))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""The alignment objective: LPAM, mutual information by matrix-based Rényi entropy or InfoNCE, distillation baselines."""
+"""The alignment objective: LPAM, mutual information (matrix-based Renyi or InfoNCE), distillation baselines."""
 
 from infoclip.objective.alignment import AlignmentObjective, AlignmentOutput, Embeddings
 from infoclip.objective.baselines import kl_distillation, pooled_distillation, representation_compensation, strip_pool
@@ -11,7 +11,7 @@ from infoclip.objective.entropy import (
     transfer_loss,
 )
 from infoclip.objective.infonce import InfoNCE, infonce
-from infoclip.objective.lpam import LPAM
+from infoclip.objective.lpam import LPAM, cosine_map
 
 __all__ = [
     "LPAM",
@@ -20,6 +20,7 @@ __all__ = [
     "Embeddings",
     "InfoNCE",
     "compression_loss",
+    "cosine_map",
     "infonce",
     "kl_distillation",
     "normalized_gram",

@@ -6,14 +6,15 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from infoclip.config import AlignConfig
 from infoclip.objective.baselines import kl_distillation, pooled_distillation, representation_compensation
-from infoclip.objective.entropy import compression_loss, renyi_mutual_information
+from infoclip.objective.entropy import compression_loss, transfer_loss
 from infoclip.objective.infonce import infonce
 from infoclip.objective.lpam import LPAM, cosine_map
+from infoclip.objective.numerics import full_precision, unit, widened
 
 __all__ = ["AlignmentObjective", "AlignmentOutput", "Embeddings"]
 
@@ -22,43 +23,54 @@ MIXTURE_TEMPERATURE = 0.05
 
 
 class Embeddings(NamedTuple):
-    """What a CLIP says of a batch: ``pixels`` [B, n, d] on a grid of n = h w, and ``texts`` [T, d]."""
+    """What a CLIP says of a batch. Nothing has to be normalised."""
 
-    pixels: Tensor
-    texts: Tensor
+    pixels: Tensor  # [B, n, d], row by row
+    texts: Tensor  # [T, d]
+    grid: tuple[int, int] | None = None  # (h, w) with n = h w, for maftplus; None: a square
 
 
 class AlignmentOutput(NamedTuple):
-    """``loss``: weighted sum, differentiable; ``terms``: every unweighted term by name, detached, for the log."""
+    """What one step's objective gives."""
 
-    loss: Tensor
-    terms: dict[str, Tensor]
+    loss: Tensor  # [], weighted sum of the terms
+    terms: dict[str, Tensor]  # unweighted values by name, [] each, detached
 
 
 class AlignmentObjective(nn.Module):
-    """The alignment terms of a step (InfoCLIP, section 3; see ``README.md`` beside this file for each reading).
+    """The alignment terms of a step (InfoCLIP, section 3; ``README.md`` beside this file has every formula).
 
-    - ``infoclip``: compression ``L_c`` on the teacher's map, which teaches LPAM alone, and transfer ``L_d`` between the
-      teacher's and the student's map, by Rényi's mutual information or InfoNCE.
-    - ``kl``, ``maft``, ``maftplus``: the baselines, one term ``distill``.
+    - ``infoclip``: ``compression`` L_c on the teacher's map, and ``transfer`` L_d between the maps of teacher and
+      student, by Renyi's mutual information or as InfoNCE loss (``bound`` is logged too then: log N - loss, in nats).
+      L_c is always Renyi's, since a lower bound is nothing to minimise.
+    - ``kl``, ``maft``, ``maftplus``: the baselines, as ``distill``.
     - ``none``: no term.
 
-    The teacher never gets a gradient. Everything is computed in float32, also under autocast: in bfloat16 the Gram
-    matrices lose two digits. With ``start_step`` and ``ramp_steps`` the weight of all terms rises linearly from 0.
+    What gets a gradient: L_c teaches LPAM alone, its other inputs being the frozen teacher's. L_d and the baselines
+    teach the student, pixels and texts (MAFT and MAFT+ pixels alone); L_d teaches LPAM through the maps that
+    ``transfer_to_lpam`` names. The teacher's embeddings never get one. Without a learnt LPAM nothing could learn from
+    L_c: it is left out then, as is every term of InfoCLIP whose weight is 0. Everything is computed in float32, also
+    under autocast.
+
+    The samples of ``batch`` are the images handed in: gradient accumulation and several devices do not add to them, and
+    a single image has nothing to be told from (its mutual information is 0, without gradient).
 
     Args:
         config: the settings (:class:`infoclip.config.AlignConfig`).
         dim: d of the joint embedding.
+
+    Raises:
+        ValueError: ``dim`` below 1.
     """
 
     def __init__(self, config: AlignConfig, dim: int) -> None:
         super().__init__()
         self.config = config
         learnt = config.method == "infoclip" and config.lpam == "learnt"
-        self.lpam: LPAM | None = LPAM(dim, config.lpam_init) if learnt else None
+        self.lpam = LPAM(dim, config.lpam_init, learnt)
 
     def weight_at(self, step: int) -> float:
-        """Factor of all terms at a step, from 0 to 1."""
+        """Factor of all weights at a step: 0 before ``start_step``, then 1/``ramp_steps``, 2/``ramp_steps`` .. 1."""
         if step < self.config.start_step:
             return 0.0
         if self.config.ramp_steps <= 0:
@@ -66,88 +78,104 @@ class AlignmentObjective(nn.Module):
         return min(1.0, (step - self.config.start_step + 1) / self.config.ramp_steps)
 
     def forward(self, student: Embeddings, teacher: Embeddings, step: int = 0) -> AlignmentOutput:
-        """The terms at a step.
+        """The terms at a step; no terms and a loss of 0 with the method ``none`` and before ``start_step``.
 
         Raises:
-            ValueError: embeddings of different sizes, or (``maftplus``) pixels that are not a square grid.
+            ValueError: embeddings of different sizes, or (``maftplus``) pixels without a grid that are no square.
         """
         if student.pixels.shape != teacher.pixels.shape or student.texts.shape != teacher.texts.shape:
             raise ValueError(
-                f"expected equal shapes, got pixels {list(student.pixels.shape)} and {list(teacher.pixels.shape)}, "
-                f"texts {list(student.texts.shape)} and {list(teacher.texts.shape)}"
+                f"student has pixels {list(student.pixels.shape)} and texts {list(student.texts.shape)}, teacher "
+                f"{list(teacher.pixels.shape)} and {list(teacher.texts.shape)}; expected the same"
             )
         factor = self.weight_at(step)
-        if self.config.method == "none" or factor == 0.0:
-            return AlignmentOutput(student.pixels.new_zeros(()), {})
-        with torch.autocast(student.pixels.device.type, enabled=False):
-            s = Embeddings(student.pixels.float(), student.texts.float())
-            t = Embeddings(teacher.pixels.detach().float(), teacher.texts.detach().float())
-            weighted = self._infoclip(s, t) if self.config.method == "infoclip" else self._baseline(s, t)
-            loss = s.pixels.new_zeros(())
-            for weight, term in weighted.values():
-                loss = loss + factor * weight * term
-        return AlignmentOutput(loss, {name: term.detach() for name, (_, term) in weighted.items()})
+        with full_precision(student.pixels):
+            student = _widened(student)
+            teacher = _widened(teacher)._replace(
+                pixels=widened(teacher.pixels).detach(), texts=widened(teacher.texts).detach()
+            )
+            loss = student.pixels.new_zeros(())
+            logged: dict[str, Tensor] = {}
+            if self.config.method == "none" or factor == 0.0:
+                return AlignmentOutput(loss, logged)
+            terms = self._infoclip if self.config.method == "infoclip" else self._baseline
+            for name, (weight, value) in terms(student, teacher).items():
+                logged[name] = value.detach()
+                if weight:
+                    loss = loss + factor * weight * value
+        return AlignmentOutput(loss, logged)
 
     def alignment_maps(self, student: Embeddings, teacher: Embeddings) -> tuple[Tensor, Tensor]:
-        """Maps of teacher and student, each [B, n, T], L2-normalised per image."""
+        """Maps of teacher and student, each [B, n, T], of norm 1 for each image; without gradient."""
         with torch.no_grad():
-            return self._map(teacher), self._map(student)
+            return self.lpam(teacher.pixels, teacher.texts), self.lpam(student.pixels, student.texts)
 
-    def _map(self, embeddings: Embeddings) -> Tensor:  # -> [B, n, T]
-        pixels, texts = embeddings.pixels.float(), embeddings.texts.float()
-        return cosine_map(pixels, texts) if self.lpam is None else self.lpam(pixels, texts)
-
-    def _samples(self, maps: Tensor) -> Tensor:  # [B, n, T] -> [G, N, D]
-        """Rows of the maps that are one sample each; of unit length for pixels and classes, as the maps for images."""
-        samples = self.config.samples
-        x = maps.flatten(1)[None] if samples == "batch" else maps if samples == "pixel" else maps.mT
-        if self.config.center:
-            x = x - x.mean(dim=1, keepdim=True)
-        # a whole map has unit length already, unless it was centred
-        return x if samples == "batch" and not self.config.center else F.normalize(x, dim=-1)
-
-    def _infoclip(self, s: Embeddings, t: Embeddings) -> dict[str, tuple[float, Tensor]]:
+    def _infoclip(self, student: Embeddings, teacher: Embeddings) -> dict[str, tuple[float, Tensor]]:
         config = self.config
-        teacher_rows = self._samples(self._map(t))
         terms: dict[str, tuple[float, Tensor]] = {}
-        # without a learnt module the teacher's map is a constant, and so would L_c be
-        if self.lpam is not None and config.compression_weight > 0:
-            views = self._inputs(t)
-            value = compression_loss(teacher_rows, *views, alpha=config.alpha).mean()
+        relation = self.lpam(teacher.pixels, teacher.texts)  # [B, n, T]
+        if self.lpam.learnt and config.compression_weight:
+            value = compression_loss(self._samples(relation), *self._inputs(teacher), alpha=config.alpha).mean()
             terms["compression"] = (config.compression_weight, value)
-        if config.transfer_weight > 0:
-            student_rows = self._samples(self._map(s))
+        if config.transfer_weight:
+            if config.transfer_to_lpam not in ("both", "teacher"):
+                relation = relation.detach()
+            if config.transfer_to_lpam in ("both", "student"):
+                guess = self.lpam(student.pixels, student.texts)
+            else:  # the gradient passes through the module to the student, not into its weights
+                fixed = {name: p.detach() for name, p in self.lpam.named_parameters()}
+                guess = functional_call(self.lpam, fixed, (student.pixels, student.texts))
+            rows_t, rows_s = self._samples(relation), self._samples(guess)
             if config.estimator == "infonce":
-                value = infonce(teacher_rows, student_rows, config.temperature).loss
+                result = infonce(rows_t, rows_s, config.temperature)
+                terms["transfer"] = (config.transfer_weight, result.loss)
+                terms["bound"] = (0.0, result.bound)
             else:
-                value = -renyi_mutual_information(teacher_rows, student_rows, config.alpha).mean()
-            terms["transfer"] = (config.transfer_weight, value)
+                terms["transfer"] = (config.transfer_weight, transfer_loss(rows_s, rows_t, config.alpha).mean())
         return terms
 
-    def _inputs(self, t: Embeddings) -> list[Tensor]:
+    def _samples(self, maps: Tensor) -> Tensor:  # [B, n, T] -> [1, B, n T], [B, n, T] or [B, T, n]
+        """The maps' samples as rows of unit length, after centring if asked for."""
+        kind = self.config.samples
+        x = maps.flatten(1)[None] if kind == "batch" else maps if kind == "pixel" else maps.mT
+        if self.config.center:
+            centred = x - x.mean(dim=1, keepdim=True)
+            # Where all samples agree the difference is rounding; blown up to unit length it would be a signal of noise.
+            noise = 16 * torch.finfo(x.dtype).eps * x.detach().norm(dim=-1, keepdim=True)
+            x = torch.where(centred.detach().norm(dim=-1, keepdim=True) <= noise, 0.0, centred)
+        return unit(x)
+
+    def _inputs(self, teacher: Embeddings) -> list[Tensor]:  # [G, N, D] each
         """Rows of D_V and D_L for the samples chosen; an input that is the same for all samples drops out."""
-        pixels, texts = F.normalize(t.pixels, dim=-1), F.normalize(t.texts, dim=-1).expand(len(t.pixels), -1, -1)
         if self.config.samples == "batch":
-            return [t.pixels.flatten(1)[None]]
-        cosine = pixels @ texts.mT / MIXTURE_TEMPERATURE  # [B, n, T]
+            return [teacher.pixels.flatten(1)[None]]
+        pixels = unit(teacher.pixels)
+        texts = unit(teacher.texts).expand(len(pixels), -1, -1)
+        cosine = cosine_map(pixels, texts) / MIXTURE_TEMPERATURE  # [B, n, T]
         if self.config.samples == "pixel":
             return [pixels, cosine.softmax(dim=2) @ texts]
         return [cosine.softmax(dim=1).mT @ pixels, texts]
 
-    def _baseline(self, s: Embeddings, t: Embeddings) -> dict[str, tuple[float, Tensor]]:
+    def _baseline(self, student: Embeddings, teacher: Embeddings) -> dict[str, tuple[float, Tensor]]:
         config = self.config
         if config.method == "kl":
-            maps = [F.normalize(e.pixels, dim=-1) @ F.normalize(e.texts, dim=-1).mT for e in (s, t)]
+            maps = [cosine_map(e.pixels, e.texts) for e in (student, teacher)]
             value = kl_distillation(maps[0], maps[1], config.temperature)
         elif config.method == "maft":
-            value = pooled_distillation(s.pixels, t.pixels)
+            value = pooled_distillation(student.pixels, teacher.pixels)
         else:
-            value = representation_compensation(_as_map(s.pixels), _as_map(t.pixels))
+            value = representation_compensation(_as_map(student), _as_map(teacher))
         return {"distill": (config.distill_weight, value)}
 
 
-def _as_map(pixels: Tensor) -> Tensor:  # [B, n, d] -> [B, d, h, w]
-    side = math.isqrt(pixels.shape[1])
-    if side * side != pixels.shape[1]:
-        raise ValueError(f"maftplus: expected a square grid of pixels, got {pixels.shape[1]} pixels")
-    return pixels.mT.unflatten(2, (side, side))
+def _widened(embeddings: Embeddings) -> Embeddings:
+    return embeddings._replace(pixels=widened(embeddings.pixels), texts=widened(embeddings.texts))
+
+
+def _as_map(embeddings: Embeddings) -> Tensor:  # [B, d, h, w]
+    n = embeddings.pixels.shape[1]
+    side = math.isqrt(n)
+    height, width = embeddings.grid or (side, side)
+    if height * width != n:
+        raise ValueError(f"maftplus: the {n} pixels are no grid of {height} x {width}; name theirs in Embeddings.grid")
+    return embeddings.pixels.mT.unflatten(2, (height, width))

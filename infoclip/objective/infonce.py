@@ -1,50 +1,51 @@
-"""InfoNCE, the contrastive lower bound on mutual information (van den Oord, Li and Vinyals 2018, eq. 4 and 5)."""
+"""InfoNCE: contrast each sample's pair with all other samples, a lower bound on mutual information."""
 
 from __future__ import annotations
 
 import math
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from infoclip.objective.numerics import check_samples, full_precision, widened
 
 __all__ = ["InfoNCE", "infonce"]
 
 
 class InfoNCE(NamedTuple):
-    """The loss in nats, mean over batch and directions, and the bound ``log N - loss`` on the mutual information."""
+    """The loss, and the bound on mutual information that it stands for."""
 
-    loss: Tensor
-    bound: Tensor
+    loss: Tensor  # [], nats
+    bound: Tensor  # [], nats: log N - loss, at most log N
 
 
-def infonce(x: Tensor, y: Tensor, temperature: float = 0.1, symmetric: bool = True) -> InfoNCE:
-    """Row i of ``x`` against row i of ``y``, the other rows as negatives.
+def infonce(
+    x: Tensor,  # [B, N, D]
+    y: Tensor,  # [B, N, D]
+    temperature: float = 0.1,
+    symmetric: bool = True,
+) -> InfoNCE:
+    """InfoNCE loss between paired sample sets (van den Oord, Li and Vinyals, 2018, eq. 4), with rows used as given.
 
-    Rows are taken as given (normalise them for cosine similarities).
-
-    Args:
-        x: [B, N, D].
-        y: [B, N, D].
-        temperature: similarities are divided by it; greater than 0.
-        symmetric: mean of both directions; otherwise only ``x`` looks for its row of ``y``.
+    Sample i of ``x`` is to be told from the N - 1 others by its similarity with sample i of ``y``:
+    loss = -mean_i log softmax_j(x_i . y_j / temperature)[i], averaged over the batch and, if ``symmetric``, with the
+    same in the other direction. The bound I >= log N - loss is a lower one and never exceeds log N.
+    Equal rows give log N, zero rows too; both have finite gradients. Half precision is computed in float32.
 
     Raises:
         TypeError: not floating-point tensors.
-        ValueError: other shapes, or ``temperature`` not positive.
+        ValueError: shapes that are not the same [B, N, D], no samples, or a temperature that is not positive.
     """
-    for name, value in (("x", x), ("y", y)):
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point tensor, got {getattr(value, 'dtype', type(value))}")
-    if x.dim() != 3 or x.shape != y.shape or 0 in x.shape:
-        raise ValueError(f"expected x and y of one shape [B, N, D], none of them 0, got {list(x.shape)} and {list(y.shape)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected a number greater than 0, got {temperature}")
-    B, N, _ = x.shape
-    logits = (x @ y.mT) / temperature  # [B, N, N]
-    target = torch.arange(N, device=x.device).expand(B, N)
-    loss = F.cross_entropy(logits.mT, target)  # class dimension second: columns of y
-    if symmetric:
-        loss = (loss + F.cross_entropy(logits, target)) / 2
-    return InfoNCE(loss, math.log(N) - loss)
+    check_samples("x", x)
+    check_samples("y", y)
+    if x.ndim != 3 or x.shape != y.shape:
+        raise ValueError(f"x has shape {list(x.shape)} and y {list(y.shape)}; expected the same [B, N, D]")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature is {temperature}; expected a finite number greater than 0")
+    with full_precision(x):
+        logits = widened(x) @ widened(y).mT / temperature  # [B, N, N]
+        pairs = logits.diagonal(dim1=-2, dim2=-1)  # [B, N]
+        loss = (logits.logsumexp(dim=-1) - pairs).mean()
+        if symmetric:
+            loss = 0.5 * (loss + (logits.logsumexp(dim=-2) - pairs).mean())
+        return InfoNCE(loss, math.log(x.shape[-2]) - loss)
