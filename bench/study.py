@@ -25,7 +25,12 @@ from infoclip.recipes import get_recipe
 EVAL_SEED = {"choose": 515_151, "report": 424_242}
 EVAL_IMAGES = 192
 
-_NCE = ["align.estimator=infonce", "align.samples=pixel", "align.center=true", "align.lpam=cosine"]
+_NCE = [
+    "align.estimator=infonce", "align.samples=pixel", "align.center=true", "align.lpam=cosine",
+    "align.compression_weight=0",
+]  # fmt: skip
+_RENYI = ["align.estimator=renyi", "align.center=true", "align.lpam=cosine", "align.compression_weight=0"]
+_X1 = "optim.clip_lr_multiplier=1"
 
 GROUPS: dict[str, dict[str, list[str]]] = {
     # how hard CLIP is tuned, without alignment; the frozen encoder under the same head beside it
@@ -34,7 +39,44 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         "fine-tuned, x0.01": ["align.method=none", "optim.clip_lr_multiplier=0.01"],
         "fine-tuned, x0.1": ["align.method=none", "optim.clip_lr_multiplier=0.1"],
         "fine-tuned, x0.3": ["align.method=none", "optim.clip_lr_multiplier=0.3"],
-        "fine-tuned, x1": ["align.method=none", "optim.clip_lr_multiplier=1"],
+        "fine-tuned, x1": ["align.method=none", _X1],
+    },
+    "gentle": {
+        "InfoNCE 0.03, x0.1": [*_NCE, "align.transfer_weight=0.03", "optim.clip_lr_multiplier=0.1"],
+        "InfoNCE 0.03, x0.3": [*_NCE, "align.transfer_weight=0.03", "optim.clip_lr_multiplier=0.3"],
+        "InfoNCE 0.003, x0.1": [*_NCE, "align.transfer_weight=0.003", "optim.clip_lr_multiplier=0.1"],
+        "Renyi 0.1, x0.1": [
+            *_RENYI,
+            "align.samples=pixel",
+            "align.transfer_weight=0.1",
+            "optim.clip_lr_multiplier=0.1",
+        ],
+    },
+    "head": {
+        "head 1024 images": ["align.method=none", "clip.tune=frozen", "data.train_images=1024"],
+        "head 1024 images, no text guidance": [
+            "align.method=none",
+            "clip.tune=frozen",
+            "data.train_images=1024",
+            "model.text_guidance_proj_dim=0",
+        ],
+        "head 1024 images, 31 classes": [
+            "align.method=none",
+            "clip.tune=frozen",
+            "data.train_images=1024",
+            "data.sample_classes=0",
+        ],
+    },
+    # the weight of the transfer term beside a CLIP tuned at the head's own rate
+    "weights": {
+        "InfoNCE, pixel, 0.03": [*_NCE, _X1, "align.transfer_weight=0.03"],
+        "InfoNCE, pixel, 0.3": [*_NCE, _X1, "align.transfer_weight=0.3"],
+        "InfoNCE, pixel, 3": [*_NCE, _X1, "align.transfer_weight=3"],
+        "Renyi, pixel, 0.1": [*_RENYI, _X1, "align.samples=pixel", "align.transfer_weight=0.1"],
+        "Renyi, pixel, 1": [*_RENYI, _X1, "align.samples=pixel", "align.transfer_weight=1"],
+        "Renyi, class, 0.1": [*_RENYI, _X1, "align.samples=class", "align.transfer_weight=0.1"],
+        "KL, 1": [_X1, "align.method=kl"],
+        "KL, 10": [_X1, "align.method=kl", "align.distill_weight=10"],
     },
 }
 
