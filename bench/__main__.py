@@ -40,12 +40,8 @@ def table(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for r in results
         if r["extra_info"]["op"] == "matrix"
     }
-    medians = {
-        tuple(r["extra_info"][key] for key in ("op", "device", "dtype", "case", "part", "backend")): r["stats"][
-            "median"
-        ]
-        for r in results
-    }
+    keys = ("op", "device", "dtype", "case", "part", "backend")
+    medians = {tuple(r["extra_info"][key] for key in keys): r["stats"]["median"] for r in results}
     rows = []
     for r in results:
         x = r["extra_info"]
@@ -93,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--cpu-time",
         action="store_true",
-        help="time the process's CPU seconds instead of the clock: for a machine that others use, with OMP_NUM_THREADS=1",
+        help="CPU seconds of the process instead of the clock: for a busy machine, with OMP_NUM_THREADS=1",
     )
     arguments = parser.parse_args(argv)
     import pytest

@@ -63,7 +63,13 @@ Team::~Team() {
 }
 
 void Team::drain() {
-  for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) (*item_)(i);
+  try {
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) (*item_)(i);
+  } catch (...) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!error_) error_ = std::current_exception();
+    next_.store(count_, std::memory_order_relaxed);
+  }
 }
 
 void Team::work() {
@@ -98,6 +104,11 @@ void Team::run(int64_t count, const std::function<void(int64_t)>& item) {
   drain();
   std::unique_lock<std::mutex> lock(mutex_);
   done_.wait(lock, [&] { return busy_ == 0; });
+  if (error_) {
+    const std::exception_ptr error = error_;
+    error_ = nullptr;
+    std::rethrow_exception(error);
+  }
 }
 
 }  // namespace infoclip

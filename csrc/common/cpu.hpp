@@ -3,6 +3,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <mutex>
 #include <string>
@@ -22,6 +23,7 @@ Isa parse_isa(const std::string& name);
 
 // n threads (the caller is one) that live as long as the call. Work items are handed out one by one, so a busy core
 // holds nobody up; every item must write its own place, which makes the result independent of the number of threads.
+// The first exception of an item is thrown again by run().
 class Team {
  public:
   explicit Team(int threads);
@@ -42,6 +44,7 @@ class Team {
   int64_t round_ = 0;
   int busy_ = 0;
   bool stop_ = false;
+  std::exception_ptr error_;
 };
 
 }  // namespace infoclip
