@@ -331,6 +331,23 @@ class TestPublicFunction:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert cost_volume(image.double(), text, backend=backend).dtype == torch.float64
 
+    def test_shapes_on_the_meta_device(self):
+        out = cost_volume(torch.ones(2, 9, 32, device="meta"), torch.ones(5, 3, 32, device="meta"))
+        assert out.shape == (2, 3, 5, 9)
+
+    @needs_native
+    def test_native_saves_its_inputs_and_nothing_else(self):
+        image, text, _ = features((2, 64, 33, 1, 32), torch.float32, shared=True)
+        saved: list[int] = []
+
+        def pack(x: Tensor) -> Tensor:
+            saved.append(x.numel() * x.element_size())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            cost_volume(image.requires_grad_(), text.requires_grad_(), backend="native")
+        assert sum(saved) == 4 * (image.numel() + text.numel())
+
     def test_two_dtypes_are_promoted(self):
         image, text, _ = features((1, 9, 5, 1, 32), torch.float32, shared=True)
         assert cost_volume(image.bfloat16(), text).dtype == torch.float32

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infoclip.config import ModelConfig
+from infoclip.kernels.cost_volume import cost_volume
 from infoclip.model.attention import ClassAttention, SwinBlock
 from infoclip.model.decoder import UpBlock
 
@@ -23,14 +24,6 @@ __all__ = ["DROPPED_LOGIT", "Aggregator", "AggregatorLayer", "ClassAggregation",
 
 DROPPED_LOGIT = -100.0
 """Logit of a class that the cut to the most similar ``pad_len`` classes left out."""
-
-
-def _cost_volume(
-    image_feats: Tensor,  # [B, N, d]
-    text_feats: Tensor,  # [T, P, d] or [B, T, P, d]
-) -> Tensor:  # [B, P, T, N]
-    image, text = F.normalize(image_feats, dim=-1), F.normalize(text_feats, dim=-1)
-    return torch.einsum("bnd,tpd->bptn" if text.dim() == 3 else "bnd,btpd->bptn", image, text)
 
 
 class SpatialAggregation(nn.Module):
@@ -231,7 +224,7 @@ class Aggregator(nn.Module):
         text_feats: Tensor,  # [T, P, d] or [B, T, P, d]
     ) -> Tensor:  # [B, P, T, H, W]
         """Cost volume: the cosine of every pixel with every prompt of every class."""
-        return _cost_volume(image_feats.flatten(2).transpose(1, 2), text_feats).unflatten(-1, image_feats.shape[-2:])
+        return cost_volume(image_feats.flatten(2).transpose(1, 2), text_feats).unflatten(-1, image_feats.shape[-2:])
 
     def kept_classes(self, cost: Tensor) -> Tensor:  # [B, P, T, H, W] -> [B, pad_len] int64
         """Per image the ``pad_len`` classes with the largest cosine over prompts and positions, in no order."""

@@ -78,7 +78,7 @@ def cost_volume(
 
     device = image_feats.device.type
     dtype = torch.promote_types(image_feats.dtype, text_feats.dtype)
-    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     image_feats, text_feats = image_feats.to(dtype), text_feats.to(dtype)
     scale = 1.0 if temperature is None else 1.0 / temperature
