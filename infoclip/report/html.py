@@ -64,7 +64,7 @@ figcaption { margin-top: .25rem; line-height: 1.3; }
 .chip i { width: 1rem; height: 1rem; border-radius: .25rem; border: 1px solid rgba(128, 128, 128, .6); flex: none; }
 .chip b { font-weight: 600; color: var(--accent); }
 .chip s { text-decoration: none; color: var(--wrong); }
-.small { max-width: 40rem; }
+.card.small { max-width: 42rem; }
 details { margin: .8rem 0; }
 summary { cursor: pointer; color: var(--soft); }
 @media print { body { max-width: none; } .panel, .card { break-inside: avoid; } }
@@ -117,7 +117,7 @@ class Page:
         legend = f'<div class="chips">{"".join(chips)}</div>' if chips else ""
         heading = f"<h3>{html.escape(title)}</h3>" if title else ""
         self._parts.append(
-            f'<div class="card panel">{heading}<div class="wide"><div class="row{" small" * small}" style="--columns: '
+            f'<div class="card panel{" small" * small}">{heading}<div class="wide"><div class="row" style="--columns: '
             f'{columns or max(1, len(figures))}">{"".join(figures)}</div></div>{legend}</div>'
         )
 
