@@ -132,7 +132,13 @@ def test_any_value_survives_the_command_line_and_json(
 ) -> None:
     config = apply_overrides(
         Config(),
-        [f"lr={lr!r}", f"steps={steps}", f"center={center}", f"decoder_dims={16 * dims[0]},{16 * dims[1]}"],
+        [
+            f"lr={lr!r}",
+            f"steps={steps}",
+            f"center={center}",
+            f"decoder_dims={16 * dims[0]},{16 * dims[1]}",
+            "decoder_guidance_proj_dims=8,8",  # below the smallest width that may come up
+        ],
     )
     assert (config.optim.lr, config.train.steps, config.align.center) == (lr, steps, center)
     assert config.model.decoder_dims == (16 * dims[0], 16 * dims[1])
