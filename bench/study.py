@@ -25,60 +25,64 @@ from infoclip.recipes import get_recipe
 EVAL_SEED = {"choose": 515_151, "report": 424_242}
 EVAL_IMAGES = 192
 
-_NCE = [
-    "align.estimator=infonce", "align.samples=pixel", "align.center=true", "align.lpam=cosine",
-    "align.compression_weight=0",
-]  # fmt: skip
-_RENYI = ["align.estimator=renyi", "align.center=true", "align.lpam=cosine", "align.compression_weight=0"]
-_X1 = "optim.clip_lr_multiplier=1"
+# What InfoCLIP's row of the recipe "scenes" is made of, so that each variant names only what it changes.
+_NONE = ["align.method=none"]
+_RENYI = ["align.estimator=renyi", "align.center=true", "align.samples=pixel", "align.transfer_weight=0.1"]
+_LEARNT = ["align.lpam=learnt", "align.lpam_init=cosine"]
 
 GROUPS: dict[str, dict[str, list[str]]] = {
     # how hard CLIP is tuned, without alignment; the frozen encoder under the same head beside it
     "rates": {
-        "frozen CLIP + head": ["align.method=none", "clip.tune=frozen"],
-        "fine-tuned, x0.01": ["align.method=none", "optim.clip_lr_multiplier=0.01"],
-        "fine-tuned, x0.1": ["align.method=none", "optim.clip_lr_multiplier=0.1"],
-        "fine-tuned, x0.3": ["align.method=none", "optim.clip_lr_multiplier=0.3"],
-        "fine-tuned, x1": ["align.method=none", _X1],
+        "frozen CLIP + head": [*_NONE, "clip.tune=frozen", "clip.tune_positions=false"],
+        "fine-tuned, x0.01": [*_NONE, "optim.clip_lr_multiplier=0.01"],
+        "fine-tuned, x0.1": [*_NONE, "optim.clip_lr_multiplier=0.1"],
+        "fine-tuned, x0.3": [*_NONE, "optim.clip_lr_multiplier=0.3"],
+        "fine-tuned, x1": [*_NONE, "optim.clip_lr_multiplier=1"],
     },
-    "gentle": {
-        "InfoNCE 0.03, x0.1": [*_NCE, "align.transfer_weight=0.03", "optim.clip_lr_multiplier=0.1"],
-        "InfoNCE 0.03, x0.3": [*_NCE, "align.transfer_weight=0.03", "optim.clip_lr_multiplier=0.3"],
-        "InfoNCE 0.003, x0.1": [*_NCE, "align.transfer_weight=0.003", "optim.clip_lr_multiplier=0.1"],
-        "Renyi 0.1, x0.1": [
-            *_RENYI,
-            "align.samples=pixel",
-            "align.transfer_weight=0.1",
-            "optim.clip_lr_multiplier=0.1",
-        ],
+    # the estimator, what a sample is, weight and temperature
+    "estimators": {
+        f"InfoNCE, {samples}, tau {tau}, weight {weight}": [
+            f"align.samples={samples}", f"align.temperature={tau}", f"align.transfer_weight={weight}"
+        ]
+        for samples, tau, weight in (
+            ("pixel", 0.1, 0.03), ("pixel", 0.1, 0.3), ("pixel", 0.03, 0.03), ("pixel", 0.03, 0.1),
+            ("pixel", 0.01, 0.03), ("pixel", 0.01, 0.1), ("pixel", 0.01, 0.3), ("class", 0.01, 0.1), ("class", 0.03, 0.3),
+        )
+    }
+    | {
+        f"Renyi, {samples}, weight {weight}": [
+            *_RENYI, f"align.samples={samples}", f"align.transfer_weight={weight}"
+        ]
+        for samples, weight in (("pixel", 0.03), ("pixel", 0.3), ("class", 0.1), ("batch", 0.1))
     },
-    "head": {
-        "head 1024 images": ["align.method=none", "clip.tune=frozen", "data.train_images=1024"],
-        "head 1024 images, no text guidance": [
-            "align.method=none",
-            "clip.tune=frozen",
-            "data.train_images=1024",
-            "model.text_guidance_proj_dim=0",
-        ],
-        "head 1024 images, 31 classes": [
-            "align.method=none",
-            "clip.tune=frozen",
-            "data.train_images=1024",
-            "data.sample_classes=0",
-        ],
-    },
-    # the weight of the transfer term beside a CLIP tuned at the head's own rate
+    # weights of the other objectives
     "weights": {
-        "InfoNCE, pixel, 0.03": [*_NCE, _X1, "align.transfer_weight=0.03"],
-        "InfoNCE, pixel, 0.3": [*_NCE, _X1, "align.transfer_weight=0.3"],
-        "InfoNCE, pixel, 3": [*_NCE, _X1, "align.transfer_weight=3"],
-        "Renyi, pixel, 0.1": [*_RENYI, _X1, "align.samples=pixel", "align.transfer_weight=0.1"],
-        "Renyi, pixel, 1": [*_RENYI, _X1, "align.samples=pixel", "align.transfer_weight=1"],
-        "Renyi, class, 0.1": [*_RENYI, _X1, "align.samples=class", "align.transfer_weight=0.1"],
-        "KL, 1": [_X1, "align.method=kl"],
-        "KL, 10": [_X1, "align.method=kl", "align.distill_weight=10"],
+        **{
+            f"KL, tau {tau}, weight {weight}": [
+                "align.method=kl", f"align.temperature={tau}", f"align.distill_weight={weight}"
+            ]
+            for tau, weight in ((0.1, 3), (0.1, 10), (0.1, 30), (0.01, 1))
+        },
+        **{f"MAFT, weight {w}": ["align.method=maft", f"align.distill_weight={w}"] for w in (1, 10, 100)},
+        **{f"MAFT+, weight {w}": ["align.method=maftplus", f"align.distill_weight={w}"] for w in (0.1, 1, 10)},
+        **{f"L_c alone, weight {w}": [*_LEARNT, "align.transfer_weight=0", f"align.compression_weight={w}"]
+           for w in (0.03, 0.3)},
     },
-}
+    # the paper's ablation, and its rivals; weights were chosen per method on the choosing seed
+    "ablation": {
+        "fine-tuned": _NONE,
+        "frozen CLIP + head": [*_NONE, "clip.tune=frozen", "clip.tune_positions=false"],
+        "L_c alone": [*_LEARNT, "align.transfer_weight=0", "align.compression_weight=0.1"],
+        "L_d alone, cosine map": ["align.compression_weight=0"],
+        "L_d alone, learnt LPAM": [*_LEARNT, "align.compression_weight=0"],
+        "L_c and L_d, learnt LPAM": [*_LEARNT, "align.compression_weight=0.1"],
+        "L_d by Renyi, cosine map": [*_RENYI, "align.compression_weight=0"],
+        "L_c and L_d by Renyi, learnt LPAM": [*_RENYI, *_LEARNT, "align.compression_weight=0.1"],
+        "KL": ["align.method=kl", "align.distill_weight=10", "align.temperature=0.1"],
+        "MAFT": ["align.method=maft", "align.distill_weight=10"],
+        "MAFT+": ["align.method=maftplus", "align.distill_weight=1"],
+    },
+}  # fmt: skip
 
 
 def run(name: str, overrides: Sequence[str], seed: int, stage: str) -> dict[str, Any]:
