@@ -46,7 +46,8 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         ]
         for samples, tau, weight in (
             ("pixel", 0.1, 0.03), ("pixel", 0.1, 0.3), ("pixel", 0.03, 0.03), ("pixel", 0.03, 0.1),
-            ("pixel", 0.01, 0.03), ("pixel", 0.01, 0.1), ("pixel", 0.01, 0.3), ("class", 0.01, 0.1), ("class", 0.03, 0.3),
+            ("pixel", 0.01, 0.03), ("pixel", 0.01, 0.1), ("pixel", 0.01, 0.3),
+            ("class", 0.01, 0.1), ("class", 0.03, 0.3),
         )
     }
     | {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from infoclip import __version__
-from infoclip.errors import ConfigError, InfoclipError
+from infoclip.errors import ConfigError, InfoclipError, InfoclipWarning
 
 __all__ = ["app", "main"]
 
@@ -47,6 +48,7 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
+        warnings.showwarning = _show_warning
         try:
             return command(*args, **kwargs)
         except InfoclipError as error:
@@ -60,6 +62,12 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             _fail(f"{error.strerror or error}{where}.", 1)
 
     return run
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """Our own warnings are for the user, one line each; those of libraries are for developers and stay out of sight."""
+    if issubclass(category, InfoclipWarning):
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def _fail(message: str, code: int) -> None:

@@ -250,6 +250,11 @@ class Config:
             )
         _require(m.pooling_train >= 1 and m.pooling_eval >= 1, "model.pooling_train", m.pooling_train, "at least 1")
         _require(m.pad_len >= 0, "model.pad_len", m.pad_len, "0 or more")
+        if self.align.method == "infoclip" and self.align.samples == "batch" and self.data.batch_size == 1:
+            raise ConfigError(
+                "align.samples=batch compares the pictures of a batch, and data.batch_size is 1; "
+                "set data.batch_size to 2 or more, or align.samples=pixel."
+            )
         _require(self.align.alpha > 0, "align.alpha", self.align.alpha, "greater than 0")
         _require(self.align.start_step >= 0, "align.start_step", self.align.start_step, "0 or more")
         _require(self.align.ramp_steps >= 0, "align.ramp_steps", self.align.ramp_steps, "0 or more")

@@ -8,7 +8,12 @@ as the kind of mistake demands.
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "InfoclipError", "NonFiniteLossError", "StorageError"]
+__all__ = ["CheckpointError", "ConfigError", "DataError", "InfoclipError", "InfoclipWarning", "NonFiniteLossError",
+           "StorageError"]  # fmt: skip
+
+
+class InfoclipWarning(UserWarning):
+    """Something the user should know that stops nothing; the command line prints it in one line."""
 
 
 class InfoclipError(Exception):

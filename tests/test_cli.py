@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from typer.testing import CliRunner, Result
 import infoclip
 from infoclip import cli
 from infoclip.config import apply_overrides, load_config, save_config
-from infoclip.errors import StorageError
+from infoclip.errors import InfoclipWarning, StorageError
 from infoclip.recipes import get_recipe, list_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,6 +149,22 @@ def test_errors_that_stop_a_run_exit_with_1(tmp_path: Path, monkeypatch: pytest.
 
         monkeypatch.setattr(module, "train", failing)
         sentence(call("train", "scenes", "--out", tmp_path / "x"), 1)
+
+
+def test_a_warning_is_one_line_and_libraries_stay_silent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # put back afterwards
+
+    @cli._guarded
+    def command() -> None:
+        warnings.warn("a library's advice to developers", UserWarning, 1)
+        warnings.warn("This word is unknown.", InfoclipWarning, 1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        command()
+    assert capsys.readouterr().err == "warning: This word is unknown.\n"
 
 
 def test_a_defect_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,13 @@ def test_a_wrong_override_ends_in_one_sentence(override: str, sentence: str) -> 
     assert caught.value.exit_code == 2
 
 
+def test_a_batch_of_one_has_no_batch_samples_to_compare() -> None:
+    one = ["align.samples=batch", "data.batch_size=1"]
+    with pytest.raises(ConfigError, match=r"align\.samples=batch compares .* data\.batch_size is 1"):
+        apply_overrides(get_recipe("scenes"), one)
+    apply_overrides(get_recipe("scenes"), [*one, "align.method=kl"])
+
+
 def test_config_files_that_are_not_configs(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Cannot read the config"):
         load_config(tmp_path / "none.json")

@@ -19,7 +19,7 @@ from infoclip.clip.builtin import ASSET, BuiltinClip, WordTokenizer, builtin_sce
 from infoclip.clip.templates import resolve_templates
 from infoclip.config import ClipConfig
 from infoclip.data.scenes import OBJECT_CLASSES, SCENE_CLASSES, render_scenes
-from infoclip.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, StorageError
+from infoclip.errors import CheckpointError, ConfigError, DataError, InfoclipWarning, NonFiniteLossError, StorageError
 
 TINY = P.PretrainConfig(steps=4, batch_size=16, eval_every=2, eval_images=4, large_share=0.25)
 
@@ -73,7 +73,7 @@ def test_every_word_of_captions_and_common_templates_is_known() -> None:
 
 def test_unknown_words_are_read_as_such_and_named_once() -> None:
     tokenizer = _tokenizer()
-    with pytest.warns(UserWarning, match=r"never read 'sky', 'zebra'; what it knows is: .*circle"):
+    with pytest.warns(InfoclipWarning, match=r"never read 'sky', 'zebra'; what it knows is: .*circle"):
         ids = tokenizer(["blue sky zebra"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -11,8 +11,8 @@ import torch
 from parity_common import load_case
 from safetensors.torch import load_file, save_file
 
-from infoclip.clip import TEMPLATES, Architecture, DenseCLIP, TextBank, Tower, resolve_templates
-from infoclip.errors import ConfigError, DataError
+from infoclip.clip import TEMPLATES, Architecture, DenseCLIP, TextBank, Tower, resolve_templates, text_cache_dir
+from infoclip.errors import ConfigError, DataError, InfoclipWarning
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -312,7 +312,7 @@ def test_damaged_cache_is_rebuilt(damage: str, frozen: DenseCLIP, tmp_path: Path
     else:
         bad = {"shape": want[:1], "nan": want * torch.nan, "other key": want}[damage].clone()
         save_file({"features": bad}, file, metadata={"key": "0" if damage == "other key" else key})
-    with pytest.warns(UserWarning, match="damaged .* rebuilt"):
+    with pytest.warns(InfoclipWarning, match="damaged .* rebuilt"):
         got = TextBank(frozen, ("a {}",), tmp_path)(["cat", "dog"])
     assert torch.equal(got, want)
     with warnings.catch_warnings():
@@ -320,9 +320,33 @@ def test_damaged_cache_is_rebuilt(damage: str, frozen: DenseCLIP, tmp_path: Path
         assert torch.equal(TextBank(frozen, ("a {}",), tmp_path)(["cat", "dog"]), want)
 
 
+def test_place_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("INFOCLIP_CACHE", str(tmp_path / "mine"))
+    assert text_cache_dir() == tmp_path / "mine"
+    monkeypatch.delenv("INFOCLIP_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert text_cache_dir() == tmp_path / "infoclip"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert text_cache_dir() == tmp_path / ".cache" / "infoclip"
+
+
+def test_zero_shot_takes_its_text_from_the_cache(
+    frozen: DenseCLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from infoclip.evaluate.run import zero_shot_predictor
+
+    monkeypatch.setenv("INFOCLIP_CACHE", str(tmp_path))
+    image = torch.randint(256, (3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    first = zero_shot_predictor(frozen, ["cat", "dog"])(image)
+    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(frozen, "text_features", lambda *_: pytest.fail("the text was embedded again"))
+    assert torch.equal(zero_shot_predictor(frozen, ["cat", "dog"])(image), first)
+
+
 def test_unwritable_cache_costs_a_warning(frozen: DenseCLIP, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
-    with pytest.warns(UserWarning, match="cannot be kept"):
+    with pytest.warns(InfoclipWarning, match="cannot be kept"):
         features = TextBank(frozen, None, tmp_path / "file")(["cat"])
     assert torch.equal(features, frozen.text_features(["cat"]))
 

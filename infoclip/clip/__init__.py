@@ -6,7 +6,7 @@ from infoclip.clip.architecture import Architecture, Tower
 from infoclip.clip.dense import DenseCLIP, DenseMode, ImageFeatures
 from infoclip.clip.load import load_clip
 from infoclip.clip.templates import TEMPLATES, resolve_templates
-from infoclip.clip.text_bank import TextBank
+from infoclip.clip.text_bank import TextBank, text_cache_dir
 
 __all__ = [
     "TEMPLATES",
@@ -18,4 +18,5 @@ __all__ = [
     "Tower",
     "load_clip",
     "resolve_templates",
+    "text_cache_dir",
 ]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from infoclip.errors import CheckpointError
+from infoclip.errors import CheckpointError, InfoclipWarning
 
 if TYPE_CHECKING:
     import open_clip
@@ -71,7 +71,7 @@ class WordTokenizer:
             names = ", ".join(f"'{word}'" for word in unknown)
             known = ", ".join(word for word in self.vocabulary if word not in special)
             warnings.warn(
-                f"The small CLIP of the scenes has never read {names}; what it knows is: {known}.", stacklevel=2
+                f"The small CLIP of the scenes has never read {names}; what it knows is: {known}.", InfoclipWarning, 2
             )
         return [self._ids.get(word, self._ids[UNKNOWN]) for word in words]
 

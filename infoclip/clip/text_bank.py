@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -15,8 +16,18 @@ from torch import Tensor
 from infoclip.clip.dense import DenseCLIP
 from infoclip.clip.templates import resolve_templates
 from infoclip.clip.weights import write_safetensors
+from infoclip.errors import InfoclipWarning
 
-__all__ = ["TextBank"]
+__all__ = ["TextBank", "text_cache_dir"]
+
+
+def text_cache_dir() -> Path:
+    """Where a frozen tower's embeddings are kept: ``$INFOCLIP_CACHE``, else the user's cache folder."""
+    chosen = os.environ.get("INFOCLIP_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "infoclip"
+
 
 # Lists kept in memory at a time: seen, unseen and all classes, with room for one more.
 _KEPT = 4
@@ -118,7 +129,7 @@ class TextBank:
             reason = "it does not hold what its name says"
         except (SafetensorError, OSError) as error:
             reason = str(error)
-        warnings.warn(f"The cached text embeddings {path} are damaged ({reason}) and are rebuilt.", stacklevel=3)
+        warnings.warn(f"The cached text embeddings {path} are damaged ({reason}) and are rebuilt.", InfoclipWarning, 3)
         return None
 
     def _write(self, key: str, features: Tensor) -> None:
@@ -128,4 +139,4 @@ class TextBank:
             self.cache_dir.mkdir(parents=True, exist_ok=True)
             write_safetensors({"features": features}, self._path(key), {"key": key})
         except OSError as error:
-            warnings.warn(f"The text embeddings cannot be kept in {self.cache_dir}: {error}.", stacklevel=3)
+            warnings.warn(f"The text embeddings cannot be kept in {self.cache_dir}: {error}.", InfoclipWarning, 3)

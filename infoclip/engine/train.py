@@ -153,7 +153,7 @@ class _Run:
     """One run: its parts, the loop, and what a checkpoint holds."""
 
     def __init__(self, config: Config, out: Path, device: torch.device) -> None:
-        from infoclip.clip import TextBank
+        from infoclip.clip import TextBank, text_cache_dir
         from infoclip.clip.templates import resolve_templates
         from infoclip.model import build_segmentor
 
@@ -175,7 +175,7 @@ class _Run:
         clip: DenseCLIP = self.segmentor.clip
         self.templates = resolve_templates(config.clip.templates)
         clip.prompt_tokens(self.classes, self.templates)  # a name that does not fit fails here, not at its first draw
-        self.bank = TextBank(clip, self.templates, None)
+        self.bank = TextBank(clip, self.templates, text_cache_dir())
         self.teacher: DenseCLIP | None = None
         self.objective: torch.nn.Module | None = None
         self.teacher_hash = ""
@@ -185,8 +185,7 @@ class _Run:
             self.teacher = clip.frozen_copy()
             self.teacher_hash = _fingerprint(self.teacher)
             self.objective = AlignmentObjective(config.align, clip.embed_dim).to(device).train()
-            with torch.no_grad(), self._autocast():
-                self.teacher_text = self.teacher.text_features(self.classes, self.templates).float()  # [T, P, d]
+            self.teacher_text = TextBank(self.teacher, self.templates, text_cache_dir())(self.classes)  # [T, P, d]
         try:
             self.optimizer = build_optimizer(self.segmentor, self.objective, config.optim)
         except ValueError as error:

@@ -179,11 +179,12 @@ def zero_shot_predictor(clip: DenseCLIP, classes: Sequence[str]) -> Predictor:
     Raises:
         DataError: a class list that cannot be used.
     """
+    from infoclip.clip.text_bank import TextBank, text_cache_dir
     from infoclip.evaluate.zero_shot import zero_shot_scores
 
     clip.eval()
     with torch.no_grad():
-        text = clip.text_features(list(classes))
+        text = TextBank(clip, cache_dir=text_cache_dir())(list(classes))
 
     def predict(image: Tensor) -> Tensor:  # [3, H, W] -> [H, W]
         return zero_shot_scores(clip, image, text).argmax(dim=0)

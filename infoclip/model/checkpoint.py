@@ -137,6 +137,7 @@ def _write(segmentor: Segmentor, config: Config, classes: list[str], directory: 
     state = {k: _storable(v) for k, v in segmentor.state_dict_catseg().items()}
     pixels = {"mean": json.dumps(list(segmentor.clip.mean)), "std": json.dumps(list(segmentor.clip.std))}
     save_file(state, directory / WEIGHTS, metadata={"format": "pt", "infoclip": FORMAT, **pixels})
+    (directory / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone
 
 
 def _storable(tensor: Tensor) -> Tensor:

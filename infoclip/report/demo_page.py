@@ -126,7 +126,9 @@ def _charts(page: Page, results: Mapping[str, Any], folder: Path) -> None:
     cards.append(("Segmentation loss", Markup(line_chart(task, x_label="step", y_label="loss", log_y=True)),
                   f"Seed {results['seeds'][0]}, means between logging steps."))  # fmt: skip
     lines = logs["infoclip"]
-    names = list(dict.fromkeys(name for line in lines for name in line["losses"] if name != "segmentation"))
+    names = list(
+        dict.fromkeys(name for line in lines for name in line["losses"] if name not in ("segmentation", "bound"))
+    )
     for name in names:
         points = [(line["step"], line["losses"].get(name)) for line in lines]
         kept = [(step, value) for step, value in points if value is not None]

@@ -1,0 +1,22 @@
+"""Settings of the whole suite."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """No test reads or leaves text embeddings in the user's cache; the programs that tests start inherit it."""
+    folder = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("INFOCLIP_CACHE")
+    os.environ["INFOCLIP_CACHE"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["INFOCLIP_CACHE"]
+    else:
+        os.environ["INFOCLIP_CACHE"] = before
