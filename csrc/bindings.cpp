@@ -4,9 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 
 #include "common/check.hpp"
 #include "cost_volume/cost_volume.hpp"
+#include "upsample_bce/upsample_bce.hpp"
 
 namespace py = pybind11;
 using namespace infoclip;
@@ -121,4 +123,51 @@ PYBIND11_MODULE(_C, m) {
       py::kw_only(), py::arg("cuda"), py::arg("sizes"), py::arg("dtype"), py::arg("shared"), py::arg("scale"),
       py::arg("image"), py::arg("image_s"), py::arg("text"), py::arg("text_s"), py::arg("grad"), py::arg("grad_s"),
       py::arg("d_image"), py::arg("d_text"), py::arg("work"), py::arg("isa"), py::arg("threads"), py::arg("stream"));
+  m.def(
+      "upsample_bce",
+      [](bool cuda, const std::array<int64_t, 6>& sizes, int dtype, uintptr_t logits, const Strides4& logits_s,
+         uintptr_t target, const Strides3& target_s, int64_t ignore_index, bool masked, uintptr_t loss, uintptr_t grad,
+         uintptr_t work, const std::string& isa, int threads, uintptr_t stream) -> std::optional<int64_t> {
+        for (int64_t size : sizes) INFOCLIP_CHECK(size > 0, "a size is not above 0");
+        INFOCLIP_CHECK(dtype >= kFloat && dtype <= kDouble, "unknown dtype");
+        UpsampleBce p{};
+        p.B = sizes[0], p.T = sizes[1], p.h = sizes[2], p.w = sizes[3], p.H = sizes[4], p.W = sizes[5];
+        p.dtype = dtype, p.ignore_index = ignore_index, p.masked = masked;
+        p.logits = reinterpret_cast<const void*>(logits);
+        p.target = reinterpret_cast<const int64_t*>(target);
+        std::copy(logits_s.begin(), logits_s.end(), p.logits_s);
+        std::copy(target_s.begin(), target_s.end(), p.target_s);
+        p.loss = reinterpret_cast<void*>(loss);
+        p.grad = reinterpret_cast<void*>(grad);
+        p.work = reinterpret_cast<void*>(work);
+        if (!cuda) {
+          const Isa chosen = parse_isa(isa);
+          py::gil_scoped_release release;
+          bool found = false;
+          const int64_t label = upsample_bce_cpu(p, chosen, threads, &found);
+          return found ? std::optional<int64_t>(label) : std::nullopt;
+        }
+#ifdef INFOCLIP_WITH_CUDA
+        INFOCLIP_CHECK(p.dtype != kDouble, "the CUDA form has no float64");
+        py::gil_scoped_release release;
+        upsample_bce_cuda(p, stream);
+        return std::nullopt;
+#else
+        (void)stream;
+        throw std::runtime_error("infoclip._C was built without CUDA");
+#endif
+      },
+      py::kw_only(), py::arg("cuda"), py::arg("sizes"), py::arg("dtype"), py::arg("logits"), py::arg("logits_s"),
+      py::arg("target"), py::arg("target_s"), py::arg("ignore_index"), py::arg("masked"), py::arg("loss"),
+      py::arg("grad"), py::arg("work"), py::arg("isa"), py::arg("threads"), py::arg("stream"));
+#ifdef INFOCLIP_WITH_CUDA
+  m.def(
+      "upsample_bce_work_bytes",
+      [](const std::array<int64_t, 6>& sizes) {
+        UpsampleBce p{};
+        p.B = sizes[0], p.T = sizes[1], p.h = sizes[2], p.w = sizes[3], p.H = sizes[4], p.W = sizes[5];
+        return upsample_bce_work_bytes(p);
+      },
+      py::arg("sizes"));
+#endif
 }

@@ -21,6 +21,7 @@ __all__ = [
     "build_info",
     "cost_volume_backward",
     "cost_volume_forward",
+    "upsample_bce",
     "why_not",
 ]
 
@@ -192,3 +193,46 @@ def cost_volume_backward(
             d_text=_address(d_text),
             work=_address(work),
         )
+
+
+def upsample_bce(
+    logits: Tensor,  # [B, T, h, w]
+    target: Tensor,  # [B, H, W] int64
+    loss: Tensor,  # [] float32 (float64 for float64 logits), written
+    grad: Tensor | None,  # [B, T, h, w] contiguous, dtype as loss, written
+    ignore_index: int,
+    masked: bool,
+    *,
+    isa: str = "auto",
+    threads: int | None = None,
+) -> int | None:
+    """Write the loss and, unless it is None, its gradient.
+
+    Returns a label that is neither a class nor ``ignore_index``, in which case nothing is written; None where all is
+    well and always on a GPU, where such labels count as ignored. ``isa``, ``threads`` and errors as
+    :func:`cost_volume_forward`.
+    """
+    module = _load()
+    sizes = [*logits.shape, *target.shape[1:]]
+    with torch.cuda.device_of(logits):
+        work = None
+        if logits.is_cuda:
+            work = torch.empty(module.upsample_bce_work_bytes(sizes), dtype=torch.uint8, device=logits.device)
+        strange: int | None = module.upsample_bce(
+            cuda=logits.is_cuda,
+            sizes=sizes,
+            dtype=DTYPES[logits.dtype],
+            logits=logits.data_ptr(),
+            logits_s=_strides(logits),
+            target=target.data_ptr(),
+            target_s=_strides(target),
+            ignore_index=ignore_index,
+            masked=masked,
+            loss=loss.data_ptr(),
+            grad=_address(grad),
+            work=_address(work),
+            isa=isa,
+            threads=threads if threads is not None else torch.get_num_threads(),
+            stream=_stream(logits),
+        )
+    return strange

@@ -11,9 +11,9 @@ from infoclip.clip import Architecture, DenseCLIP, Tower
 from infoclip.config import ModelConfig, OptimConfig
 from infoclip.engine.optim import clip_gradients, group_parameters, lr_factor, set_learning_rate
 from infoclip.errors import DataError
+from infoclip.kernels.upsample_bce import upsample_bce
 from infoclip.model.aggregator import Aggregator
 from infoclip.model.inference import plain_scores, preprocess, sliding_window_scores
-from infoclip.model.loss import segmentation_loss
 from infoclip.model.segmentor import CATSEG_PREFIXES, Segmentor, catseg_name
 
 __all__ = ["check_aggregator", "check_catseg_model", "check_clip_dense", "check_optim", "check_tokenizer"]
@@ -158,7 +158,7 @@ def check_catseg_model(case: Case) -> list[Row]:
     segmentor.train()
     out = segmentor(preprocess(case.tensor("in.train.image"), clip, padding="published"), text)
     target = case.tensor("in.train.sem_seg").long()
-    loss = segmentation_loss(out.logits, target, ignore_index=h["ignore_value"], ignored="negative")
+    loss = upsample_bce(out.logits, target, ignore_index=h["ignore_value"], ignored="negative")
     loss.backward()
     rows = [case.row("out.train.loss_sem_seg", loss)]
     if "mid.train.logits_lowres" in case:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 
 import pytest
@@ -12,7 +11,7 @@ from small_models import small_config, small_segmentor
 
 from infoclip.clip import Architecture, DenseCLIP, Tower
 from infoclip.config import ModelConfig
-from infoclip.model.loss import segmentation_loss
+from infoclip.kernels.upsample_bce import upsample_bce
 from infoclip.model.segmentor import Segmentor, build_segmentor
 
 VIT_B = Architecture(512, Tower(768, 12, 12, 3072), Tower(512, 12, 8, 2048), 16, (14, 14), 77, 49408)
@@ -188,7 +187,7 @@ def test_forward_in_training_with_several_templates_and_changing_classes() -> No
     assert out.logits.shape == (2, 4, 32, 32)
     assert out.dense.shape == (2, 12, 8, 8)
     assert out.text is text
-    segmentation_loss(out.logits, torch.randint(0, 4, (2, 50, 60))).backward()
+    upsample_bce(out.logits, torch.randint(0, 4, (2, 50, 60))).backward()
     for name, parameter in segmentor.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
     last_q = segmentor.clip.visual.transformer.resblocks[-1].attn.q_proj_weight.grad  # type: ignore[union-attr]
@@ -213,57 +212,3 @@ def test_build_from_config(tmp_path) -> None:
     text = segmentor.clip.text_features(["red circle", "blue square"])
     with torch.no_grad():
         assert segmentor(torch.randn(1, 3, 32, 32), text).logits.shape == (1, 2, 16, 16)
-
-
-def test_loss_against_the_formula() -> None:
-    torch.manual_seed(0)
-    logits = torch.randn(2, 3, 4, 5, dtype=torch.float64)
-    target = torch.tensor([0, 1, 2, 255])[torch.randint(0, 4, (2, 8, 9))]
-    full = F.interpolate(logits, size=(8, 9), mode="bilinear", align_corners=False)
-    terms, kept = [], []
-    for b in range(2):
-        for i in range(8):
-            for j in range(9):
-                for c in range(3):
-                    p = 1 / (1 + math.exp(-full[b, c, i, j].item()))
-                    term = -math.log(p if target[b, i, j] == c else 1 - p)
-                    terms.append(term)
-                    if target[b, i, j] != 255:
-                        kept.append(term)
-    assert segmentation_loss(logits, target).item() == pytest.approx(sum(terms) / len(terms), rel=1e-12)
-    masked = segmentation_loss(logits, target, ignored="masked").item()
-    assert masked == pytest.approx(sum(kept) / len(kept), rel=1e-12)
-
-
-def test_loss_without_any_label() -> None:
-    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
-    target = torch.full((1, 8, 8), 255)
-    loss = segmentation_loss(logits, target, ignored="masked")
-    loss.backward()
-    assert loss.item() == 0
-    assert logits.grad is not None
-    assert not logits.grad.any()
-    assert segmentation_loss(logits, target).item() > 0
-
-
-def test_loss_in_half_precision_is_computed_in_float32() -> None:
-    logits = torch.randn(1, 3, 4, 4).bfloat16()
-    target = torch.randint(0, 3, (1, 8, 8))
-    loss = segmentation_loss(logits, target)
-    assert loss.dtype == torch.float32
-    assert loss.item() == segmentation_loss(logits.float(), target).item()
-
-
-def test_loss_refuses_what_cannot_be() -> None:
-    logits, target = torch.zeros(1, 3, 4, 4), torch.zeros(1, 8, 8, dtype=torch.int64)
-    with pytest.raises(ValueError, match="label 3; expected 0 to 2 or 255"):
-        segmentation_loss(logits, target + 3)
-    with pytest.raises(ValueError, match="label -1"):
-        segmentation_loss(logits, target - 1)
-    with pytest.raises(TypeError, match="whole numbers"):
-        segmentation_loss(logits, target.float())
-    with pytest.raises(ValueError, match=r"expected \[1, H, W\]"):
-        segmentation_loss(logits, target[0])
-    with pytest.raises(ValueError, match="expected 'negative' or 'masked'"):
-        segmentation_loss(logits, target, ignored="maybe")  # type: ignore[arg-type]
-    assert segmentation_loss(logits, target.to(torch.uint8)).item() == pytest.approx(math.log(2))

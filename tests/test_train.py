@@ -323,15 +323,15 @@ def test_a_teacher_that_changed_on_disk_is_refused(data: Path, tmp_path: Path) -
 def test_a_non_finite_loss_stops_with_step_files_and_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from infoclip.model import loss as module
+    from infoclip.kernels import upsample_bce as module
 
-    original, calls = module.segmentation_loss, [0]
+    original, calls = module.upsample_bce, [0]
 
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
         calls[0] += 1
         return original(*args, **kwargs) * (float("nan") if calls[0] == 5 else 1.0)
 
-    monkeypatch.setattr(module, "segmentation_loss", poisoned)
+    monkeypatch.setattr(module, "upsample_bce", poisoned)
     with pytest.raises(NonFiniteLossError) as caught:
         train(tiny_config(data), tmp_path / "run", progress=False)
     message = str(caught.value)
@@ -349,15 +349,15 @@ def test_a_non_finite_loss_stops_with_step_files_and_checkpoint(
 def test_a_non_finite_gradient_stops_before_the_update(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from infoclip.model import loss as module
+    from infoclip.kernels import upsample_bce as module
 
-    original = module.segmentation_loss
+    original = module.upsample_bce
 
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
         value = original(*args, **kwargs)
         return value + torch.sqrt((value - value).abs())  # zero, with an infinite slope
 
-    monkeypatch.setattr(module, "segmentation_loss", poisoned)
+    monkeypatch.setattr(module, "upsample_bce", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"The gradient is not finite at step 1, .*there is no checkpoint yet"):
         train(tiny_config(data), tmp_path / "run", progress=False)
 

@@ -3,10 +3,9 @@
 #include <cstdint>
 
 #include "common/cpu.hpp"
+#include "common/dtype.hpp"
 
 namespace infoclip {
-
-enum DType : int { kFloat = 0, kHalf = 1, kBFloat16 = 2, kDouble = 3 };
 
 struct CostVolume {
   int64_t B, N, T, P, D;

@@ -292,8 +292,8 @@ class _Run:
 
     def _forward(self, batch: dict[str, Any], text: Tensor, chosen: Tensor | None) -> tuple[dict[str, Tensor], Any]:
         """The losses of a batch by name (``loss`` is their sum), and a function that draws it."""
+        from infoclip.kernels import upsample_bce as loss_room
         from infoclip.model.inference import preprocess
-        from infoclip.model.loss import segmentation_loss
 
         config, ignore = self.config, self.config.data.ignore_index
         mask = batch["mask"]
@@ -305,7 +305,7 @@ class _Run:
         image = preprocess(batch["image"].to(self.device, non_blocking=True), self.segmentor.clip)
         with self._autocast():
             output = self.segmentor(image, text)
-        task = segmentation_loss(output.logits, mask, ignore, config.train.ignored)
+        task = loss_room.upsample_bce(output.logits, mask, ignore_index=ignore, ignored=config.train.ignored)
         terms = {"loss": task, "segmentation": task}
         if self.teacher is not None and self.objective is not None and self.step >= config.align.start_step:
             from infoclip.objective import Embeddings

@@ -8,7 +8,6 @@ if TYPE_CHECKING:
     from infoclip.model.aggregator import Aggregator
     from infoclip.model.checkpoint import LoadedModel, load_model, save_model
     from infoclip.model.inference import predict_scores, preprocess
-    from infoclip.model.loss import segmentation_loss
     from infoclip.model.segmentor import Segmentor, SegmentorOutput, build_segmentor
 
 __all__ = [
@@ -21,7 +20,6 @@ __all__ = [
     "predict_scores",
     "preprocess",
     "save_model",
-    "segmentation_loss",
 ]
 
 _HOMES = {
@@ -34,7 +32,6 @@ _HOMES = {
     "predict_scores": "inference",
     "preprocess": "inference",
     "save_model": "checkpoint",
-    "segmentation_loss": "loss",
 }
 
 

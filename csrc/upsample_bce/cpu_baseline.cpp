@@ -1,0 +1,2 @@
+#define ISA baseline
+#include "upsample_bce/cpu_rows.inl"
