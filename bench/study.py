@@ -54,7 +54,7 @@ GROUPS: dict[str, dict[str, list[str]]] = {
         f"Renyi, {samples}, weight {weight}": [
             *_RENYI, f"align.samples={samples}", f"align.transfer_weight={weight}"
         ]
-        for samples, weight in (("pixel", 0.03), ("pixel", 0.3), ("class", 0.1), ("batch", 0.1))
+        for samples, weight in (("pixel", 0.03), ("pixel", 0.3), ("class", 0.1), ("class", 0.3), ("batch", 0.1))
     },
     # weights of the other objectives
     "weights": {
@@ -62,10 +62,10 @@ GROUPS: dict[str, dict[str, list[str]]] = {
             f"KL, tau {tau}, weight {weight}": [
                 "align.method=kl", f"align.temperature={tau}", f"align.distill_weight={weight}"
             ]
-            for tau, weight in ((0.1, 3), (0.1, 10), (0.1, 30), (0.01, 1))
+            for tau, weight in ((0.1, 3), (0.1, 10), (0.1, 30), (0.1, 100), (0.01, 1))
         },
-        **{f"MAFT, weight {w}": ["align.method=maft", f"align.distill_weight={w}"] for w in (1, 10, 100)},
-        **{f"MAFT+, weight {w}": ["align.method=maftplus", f"align.distill_weight={w}"] for w in (0.1, 1, 10)},
+        **{f"MAFT, weight {w}": ["align.method=maft", f"align.distill_weight={w}"] for w in (1, 10, 100, 1000)},
+        **{f"MAFT+, weight {w}": ["align.method=maftplus", f"align.distill_weight={w}"] for w in (0.1, 1, 10, 30)},
         **{f"L_c alone, weight {w}": [*_LEARNT, "align.transfer_weight=0", f"align.compression_weight={w}"]
            for w in (0.03, 0.3)},
     },
