@@ -133,7 +133,7 @@ def test_dtypes(dtype, backend):
     if kernels.why_not("upsample_bce", backend, "cpu", dtype):
         pytest.skip("not of this backend")
     for ignored in ("negative", "masked"):
-        assert_as_good(*case((2, 3, 5, 7, 13, 28), dtype), backend, ignored)
+        assert_as_good(*case((1, 2, 5, 7, 13, 11), dtype), backend, ignored)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -149,7 +149,7 @@ def test_any_size_and_logits(backend, size, spread, seed):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_strides_and_label_types(backend):
-    logits, target = case((2, 4, 5, 6, 11, 12))
+    logits, target = case((1, 2, 3, 4, 7, 9))
     want = run(logits, target, backend)
     for other in (
         logits.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
@@ -208,7 +208,7 @@ def test_a_confident_model_keeps_its_digits(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_twice_the_same_bits_and_nothing_changed(backend):
-    logits, target = case((2, 5, 9, 10, 21, 33))
+    logits, target = case((2, 2, 9, 4, 11, 9) if INTERPRETED else (2, 5, 9, 10, 21, 33))
     copies = logits.clone(), target.clone()
     first, second = run(logits, target, backend), run(logits, target, backend)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -217,7 +217,7 @@ def test_twice_the_same_bits_and_nothing_changed(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
-    logits, target = case((2, 3, 4, 5, 8, 9))
+    logits, target = case((1, 2, 3, 2, 5, 3))
     torch.use_deterministic_algorithms(False)  # opcheck compares runs itself
     torch.library.opcheck(op, (logits.requires_grad_(), target, 255, False, True, backend))
     torch.library.opcheck(op, (logits.detach(), target, 255, True, False, backend))
