@@ -292,7 +292,7 @@ class _Run:
 
     def _forward(self, batch: dict[str, Any], text: Tensor, chosen: Tensor | None) -> tuple[dict[str, Tensor], Any]:
         """The losses of a batch by name (``loss`` is their sum), and a function that draws it."""
-        from infoclip.kernels import upsample_bce as loss_room
+        from infoclip.kernels.upsample_bce import upsample_bce
         from infoclip.model.inference import preprocess
 
         config, ignore = self.config, self.config.data.ignore_index
@@ -305,7 +305,7 @@ class _Run:
         image = preprocess(batch["image"].to(self.device, non_blocking=True), self.segmentor.clip)
         with self._autocast():
             output = self.segmentor(image, text)
-        task = loss_room.upsample_bce(output.logits, mask, ignore_index=ignore, ignored=config.train.ignored)
+        task = upsample_bce(output.logits, mask, ignore_index=ignore, ignored=config.train.ignored)
         terms = {"loss": task, "segmentation": task}
         if self.teacher is not None and self.objective is not None and self.step >= config.align.start_step:
             from infoclip.objective import Embeddings
