@@ -195,6 +195,10 @@ def test_seeds() -> None:
         assert "--seeds" in sentence(call("demo", "--seeds", text))
 
 
+def test_evaluate_names_a_missing_model_first(tmp_path: Path) -> None:
+    assert "There is no model at" in sentence(call("evaluate", tmp_path / "none"))
+
+
 def test_evaluate_names_known_benchmarks(tmp_path: Path) -> None:
     assert "expected one of ade20k_150, coco_stuff_171" in sentence(call("evaluate", tmp_path, "--data", "ade"))
 

@@ -264,7 +264,9 @@ def evaluate_folder(
     from infoclip.config import apply_overrides
     from infoclip.data.classes import check_classes, load_classes, load_label_map
     from infoclip.data.folders import FolderDataset
+    from infoclip.model.checkpoint import find_model
 
+    find_model(Path(model))  # a wrong path is named before anything about the data
     names = load_classes(classes) if isinstance(classes, (str, Path)) else check_classes(classes)
     mapping = None if label_map is None else load_label_map(label_map)
     ignored = ignore_index if mapping is None else max(ignore_index, len(names))

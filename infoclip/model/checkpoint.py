@@ -29,7 +29,7 @@ from infoclip.config import ClipConfig, Config, load_config, save_config
 from infoclip.errors import CheckpointError, ConfigError, StorageError
 from infoclip.model.segmentor import Segmentor, build_segmentor
 
-__all__ = ["LoadedModel", "load_model", "save_model"]
+__all__ = ["LoadedModel", "find_model", "load_model", "save_model"]
 
 WEIGHTS, CONFIG, CLASSES, EXTRA = "model.safetensors", "config.json", "classes.json", "extra.json"
 TEMPLATES, ARCHITECTURE = "templates.txt", "clip.json"
@@ -94,7 +94,7 @@ def load_model(path: str | Path) -> LoadedModel:
         CheckpointError: no model there, or one that is incomplete, damaged, foreign or of another architecture than its
             config says.
     """
-    directory = _find(Path(path))
+    directory = find_model(Path(path))
     try:
         config = load_config(directory / CONFIG)
     except ConfigError as error:
@@ -208,7 +208,7 @@ def _exchange(first: Path, second: Path) -> bool:
     raise OSError(code, os.strerror(code), str(second))
 
 
-def _find(path: Path) -> Path:
+def find_model(path: Path) -> Path:
     """The model directory that a path means."""
     if not path.exists():
         raise CheckpointError(f"There is no model at {path}; give a run's directory or its 'model' directory.")
