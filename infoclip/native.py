@@ -64,8 +64,10 @@ def _cuda_version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def why_not(device: str | torch.device = "cpu") -> str | None:
-    """Why the native kernels cannot run on tensors of this kind of device, or None where they can."""
+def why_not(device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> str | None:
+    """Why the native kernels cannot run on tensors of this kind of device and dtype, or None where they can."""
+    if torch.device(device).type == "cuda" and dtype == torch.float64:
+        return "float64 runs on the CPU only; use the reference."
     module = _load()
     if isinstance(module, MissingBuild):
         return module.reason

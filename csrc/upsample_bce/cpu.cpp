@@ -37,9 +37,9 @@ template <class C>
 double plane(const UpsampleBce& p, const UpsampleRows<C>& k, const Samples<C>& ay, const Samples<C>& ax,
              const int32_t* labels, int64_t b, int64_t t, C scale, std::vector<C>& work) {
   const int64_t W = p.W;
-  work.resize(4 * W + 4 * (p.w + 1));
+  work.resize(4 * W + 3 * (p.w + 1));
   C *top = work.data(), *bottom = top + W, *upper = bottom + W, *lower = upper + W;
-  C *row = lower + W, *above = row + p.w + 1, *here = above + p.w + 1, *below = here + p.w + 1;
+  C *row = lower + W, *here = row + p.w + 1, *below = here + p.w + 1;
   auto expand = [&](int64_t i, C* to) {
     k.load(p.logits, p.dtype, b * p.logits_s[0] + t * p.logits_s[1] + i * p.logits_s[2], p.logits_s[3], p.w, row);
     row[p.w] = row[p.w - 1];
@@ -56,7 +56,7 @@ double plane(const UpsampleBce& p, const UpsampleRows<C>& k, const Samples<C>& a
       std::fill(below, below + p.w + 1, C(0));
     }
   };
-  std::fill(above, below + p.w + 1, C(0));
+  std::fill(here, below + p.w + 1, C(0));
   for (int64_t y = 0; y < p.H;) {
     const int64_t i = ay.low[y], j = std::min(i + 1, p.h - 1);
     if (have != i) expand(i, top);

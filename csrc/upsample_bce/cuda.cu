@@ -29,6 +29,18 @@ __device__ inline float widen(float v) { return v; }
 __device__ inline float widen(__half v) { return __half2float(v); }
 __device__ inline float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
 
+// Where the samples of an output axis lie on the input axis, in exact integer arithmetic: sample o is at
+// ((2 o + 1) in - out) / (2 out), clamped to 0..in-1; its cell is the integer part.
+struct Axis {
+  int64_t in, out;
+  __device__ int64_t first(int64_t cell) const {  // first sample whose cell is at least `cell`
+    if (cell <= 0) return 0;
+    if (cell >= in) return out;
+    const int64_t o = (out * (2 * cell + 1) - in + 2 * in - 1) / (2 * in);
+    return o < out ? o : out;
+  }
+};
+
 template <class V>
 __device__ inline V warp_sum(V v) {
   for (int step = 16; step; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
@@ -98,7 +110,7 @@ __global__ void __launch_bounds__(THREADS) sweep(Sweep<S> p) {
   const int64_t i = i0 - 1 + row, j = j0 - 1 + column;
   float loss = 0, g00 = 0, g01 = 0, g10 = 0, g11 = 0;
   if (row < CH && i >= 0 && i < p.h && j >= 0 && j < p.w) {
-    const Axis1 ay{p.h, p.H}, ax{p.w, p.W};
+    const Axis ay{p.h, p.H}, ax{p.w, p.W};
     const int64_t y0 = ay.first(i), y1 = ay.first(i + 1), x0 = ax.first(j), x1 = ax.first(j + 1);
     const int64_t below = i + 1 < p.h ? p.s[2] : 0, right = j + 1 < p.w ? p.s[3] : 0;
     const S* at = p.logits + b * p.s[0] + t * p.s[1] + i * p.s[2] + j * p.s[3];

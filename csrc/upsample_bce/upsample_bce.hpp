@@ -32,22 +32,6 @@ int64_t upsample_bce_work_bytes(const UpsampleBce& p);
 void upsample_bce_cuda(const UpsampleBce& p, uintptr_t stream);
 #endif
 
-// Where the samples of an output axis lie on the input axis, in exact integer arithmetic: sample o is at
-// ((2 o + 1) in - out) / (2 out), clamped to 0..in-1; its cell is the integer part.
-struct Axis1 {
-  int64_t in, out;
-#ifdef __CUDACC__
-  __host__ __device__
-#endif
-  // First output sample whose cell is at least `cell`.
-  int64_t first(int64_t cell) const {
-    if (cell <= 0) return 0;
-    if (cell >= in) return out;
-    const int64_t o = (out * (2 * cell + 1) - in + 2 * in - 1) / (2 * in);
-    return o < out ? o : out;
-  }
-};
-
 // What one set of instructions offers; C is float or double.
 template <class C>
 struct UpsampleRows {

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from infoclip import native
+from infoclip.native import why_not
 
 __all__ = ["backward", "forward", "why_not"]
-
-
-def why_not(device: str, dtype: torch.dtype | None = None) -> str | None:
-    """Why this form cannot run on the device and dtype, or None where it can."""
-    if device == "cuda" and dtype == torch.float64:
-        return "float64 runs on the CPU only; use the reference."
-    return native.why_not(device)
 
 
 def forward(

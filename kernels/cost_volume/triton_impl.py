@@ -6,11 +6,12 @@ Sizes B N T P D as in the public function, R = P * T rows of the output. ``i_`` 
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from infoclip.kernels.triton_support import MISSING, interpreted, why_not
 
 __all__ = ["backward", "forward", "why_not"]
 
@@ -18,33 +19,9 @@ EPS = 1e-12
 BM, BN, BK = 64, 64, 32
 """The fixed launch configuration: 64 x 64 results a program, 32 deep."""
 
-try:
+if MISSING is None:
     import triton
     import triton.language as tl
-except ImportError as error:  # Triton ships for Linux only
-    _MISSING: str | None = f"Triton does not import: {error}."
-else:
-    _MISSING = None
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def why_not(device: str, dtype: torch.dtype | None = None) -> str | None:
-    """Why this form cannot run on the device and dtype, or None where it can."""
-    if _MISSING:
-        return _MISSING
-    if dtype == torch.float64:
-        return "the Triton kernels take float32, float16 and bfloat16."
-    if device == "cuda":
-        return None if torch.cuda.is_available() else "torch sees no CUDA device."
-    if device == "cpu" and _interpreted():
-        return None
-    return f"Triton needs CUDA, not {device} (TRITON_INTERPRET=1 runs it in the interpreter, for tests)."
-
-
-if _MISSING is None:
 
     @triton.jit
     def norms_kernel(
@@ -224,7 +201,7 @@ def _product(out: Tensor, dims: dict[str, Any], **arguments: Any) -> None:
     if out.numel():
         grid = (triton.cdiv(N, BN), triton.cdiv(M, BM), batches)
         # The interpreter multiplies bfloat16 as the integers that store it.
-        widen = _interpreted()
+        widen = interpreted()
         product_kernel[grid](out=out, M=M, N=N, **dims, **arguments, WIDEN=widen, BM=BM, BN=BN, BK=BK)
 
 

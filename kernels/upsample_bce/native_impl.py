@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from infoclip import native
+from infoclip.native import why_not
 
 __all__ = ["forward", "strange_label", "why_not"]
 
@@ -13,13 +14,6 @@ __all__ = ["forward", "strange_label", "why_not"]
 def strange_label(label: int, classes: int, ignore_index: int) -> ValueError:
     """The error for a label that is neither a class nor the ignored one."""
     return ValueError(f"target has the label {label}: expected 0 to {classes - 1} or {ignore_index}")
-
-
-def why_not(device: str, dtype: torch.dtype | None = None) -> str | None:
-    """Why this form cannot run on the device and dtype, or None where it can."""
-    if device == "cuda" and dtype == torch.float64:
-        return "float64 runs on the CPU only; use the reference."
-    return native.why_not(device)
 
 
 def forward(

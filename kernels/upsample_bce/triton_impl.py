@@ -7,10 +7,10 @@ summed by one program in one order: the same bits twice.
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
+
+from infoclip.kernels.triton_support import MISSING, why_not
 
 __all__ = ["forward", "why_not"]
 
@@ -21,29 +21,9 @@ PREPARED = 1024
 MOST_COUNTS = 256
 """Programs of the first launch, at most: every program of the second adds their counts up again."""
 
-try:
+if MISSING is None:
     import triton
     import triton.language as tl
-except ImportError as error:  # Triton ships for Linux only
-    _MISSING: str | None = f"Triton does not import: {error}."
-else:
-    _MISSING = None
-
-
-def why_not(device: str, dtype: torch.dtype | None = None) -> str | None:
-    """Why this form cannot run on the device and dtype, or None where it can."""
-    if _MISSING:
-        return _MISSING
-    if dtype == torch.float64:
-        return "the Triton kernels take float32, float16 and bfloat16."
-    if device == "cuda":
-        return None if torch.cuda.is_available() else "torch sees no CUDA device."
-    if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return f"Triton needs CUDA, not {device} (TRITON_INTERPRET=1 runs it in the interpreter, for tests)."
-
-
-if _MISSING is None:
 
     @triton.jit
     def labels_kernel(
