@@ -7,12 +7,10 @@ off, times ``SLACK``, plus ``FLOOR`` + sqrt(longest sum) / 4 units of the dtype'
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from kernel_checks import assert_compiles, assert_passes_in_the_interpreter, nan_filled_memory
 from torch import Tensor
 
 from infoclip import kernels, native
@@ -94,13 +92,9 @@ def assert_as_good(image: Tensor, text: Tensor, grad: Tensor, backend: str, temp
 
 
 @pytest.fixture(autouse=True)
-def nan_filled():  # an element that nobody writes must not look right by chance
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+def nan_filled():
+    with nan_filled_memory():
+        yield
 
 
 def test_uninitialised_memory_is_nan_in_these_tests():
@@ -405,26 +399,18 @@ class TestPublicFunction:
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's run")
 def test_triton_in_the_interpreter():
-    """This file again with Triton's kernels, whose interpreter must be chosen before they are defined."""
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert "passed" in done.stdout
+    assert_passes_in_the_interpreter(__file__)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiled ahead of time")
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_triton_compiles_without_a_gpu(capability):
     """Each kernel, float32 and bfloat16, to machine code for the GPU generations that are served."""
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    pytest.importorskip("triton")
     forms = room.triton_impl
     pointers = {"x", "inverse", "a", "b", "out", "row_inverse", "column_inverse", "depth_inverse", "g"}
     wide = {"inverse", "row_inverse", "column_inverse", "depth_inverse", "g"}
+    kinds = {name: "*fp32" if name in wide else "*bf16" for name in pointers} | {"scale": "fp32"}
     cases = [
         (forms.norms_kernel, {"EPS": 1e-12, "BR": 16, "BD": 64}),
         (forms.project_kernel, {"CLAMPED": 1e12, "BR": 16, "BD": 64}),
@@ -434,20 +420,7 @@ def test_triton_compiles_without_a_gpu(capability):
         constants = {"SCALE_ENDS": ends, "SCALE_DEPTH": not ends, "PRECISION": precision, **tiles}
         cases.append((forms.product_kernel, constants))
     for kernel, constants in cases:
-        signature = {}
-        for name in kernel.arg_names:
-            if name in constants:
-                signature[name] = "constexpr"
-            elif name in pointers:
-                signature[name] = "*fp32" if name in wide else "*bf16"
-            else:
-                signature[name] = "fp32" if name == "scale" else "i32"
-        source = ASTSource(
-            fn=kernel, signature=signature, constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()}
-        )
-        built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-        assert len(built.asm["cubin"]) > 1000
-        assert built.metadata.shared <= 48 * 1024  # fits every block without asking for more
+        assert_compiles(kernel, kinds, constants, capability)
 
 
 @pytest.mark.gpu

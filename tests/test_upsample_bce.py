@@ -12,13 +12,13 @@ import os
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import assert_compiles, assert_passes_in_the_interpreter, nan_filled_memory
 
 from infoclip import kernels, native
 from infoclip.kernels import upsample_bce as room
@@ -91,13 +91,9 @@ def assert_as_good(logits, target, backend, ignored="negative"):
 
 
 @pytest.fixture(autouse=True)
-def nan_filled():  # an element that nobody writes must not look right by chance
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+def nan_filled():
+    with nan_filled_memory():
+        yield
 
 
 def test_reference_against_the_formula():
@@ -400,23 +396,14 @@ class TestPublicFunction:
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's run")
 def test_triton_in_the_interpreter():
-    """This file again with Triton's kernels, whose interpreter must be chosen before they are defined."""
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert "passed" in done.stdout
+    assert_passes_in_the_interpreter(__file__)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiled ahead of time")
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_triton_compiles_without_a_gpu(capability):
     """Each kernel, float32 and bfloat16 logits, to machine code for the GPU generations that are served."""
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    pytest.importorskip("triton")
     forms = room.triton_impl
     pointers = {"target": "*i64", "labels": "*i32", "counts": "*i32"}
     pointers |= dict.fromkeys(("losses", "loss", "grad"), "*fp32")
@@ -425,14 +412,7 @@ def test_triton_compiles_without_a_gpu(capability):
         constants = {"MASKED": masked, "GRAD": True, "ROWS": forms.ROWS, "BJ": 128, "COUNTS": forms.MOST_COUNTS}
         cases.append((forms.sweep_kernel, constants, logits))
     for kernel, constants, logits in cases:
-        kinds = {**pointers, "logits": logits, "inverse": "fp32", **dict.fromkeys(constants, "constexpr")}
-        signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
-        source = ASTSource(
-            fn=kernel, signature=signature, constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()}
-        )
-        built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-        assert len(built.asm["cubin"]) > 1000
-        assert built.metadata.shared <= 48 * 1024  # fits every block without asking for more
+        assert_compiles(kernel, {**pointers, "logits": logits, "inverse": "fp32"}, constants, capability)
 
 
 @pytest.mark.gpu
