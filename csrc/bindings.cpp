@@ -60,8 +60,9 @@ py::dict build_info() {
 #ifdef INFOCLIP_X86
   compiled.append("avx2");
   compiled.append("avx512");
+  compiled.append("avx512_bf16");
 #endif
-  for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
+  for (Isa isa : kIsas)
     if (has_isa(isa)) usable.append(isa_name(isa));
   info["isa_compiled"] = compiled;
   info["isa_usable"] = usable;
@@ -97,16 +98,18 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cost_volume_forward",
       [](bool cuda, const Sizes& sizes, int dtype, bool shared, double scale, uintptr_t image, const Strides3& image_s,
-         uintptr_t text, const Strides4& text_s, uintptr_t out, uintptr_t work, const std::string& isa, int threads,
-         uintptr_t stream) {
+         uintptr_t text, const Strides4& text_s, uintptr_t out, uintptr_t highest, uintptr_t work,
+         const std::string& isa, int threads, uintptr_t stream) {
         CostVolume p = problem(sizes, dtype, shared, scale, image, image_s, text, text_s);
         p.out = reinterpret_cast<void*>(out);
+        p.highest = reinterpret_cast<void*>(highest);
+        INFOCLIP_CHECK(!cuda || (p.out && !p.highest), "the CUDA form writes the volume and nothing else");
         p.work = reinterpret_cast<void*>(work);
         on_device(cuda, p, false, isa, threads, stream);
       },
       py::kw_only(), py::arg("cuda"), py::arg("sizes"), py::arg("dtype"), py::arg("shared"), py::arg("scale"),
-      py::arg("image"), py::arg("image_s"), py::arg("text"), py::arg("text_s"), py::arg("out"), py::arg("work"),
-      py::arg("isa"), py::arg("threads"), py::arg("stream"));
+      py::arg("image"), py::arg("image_s"), py::arg("text"), py::arg("text_s"), py::arg("out"), py::arg("highest"),
+      py::arg("work"), py::arg("isa"), py::arg("threads"), py::arg("stream"));
   m.def(
       "cost_volume_backward",
       [](bool cuda, const Sizes& sizes, int dtype, bool shared, double scale, uintptr_t image, const Strides3& image_s,

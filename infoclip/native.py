@@ -152,22 +152,27 @@ def _arguments(image: Tensor, text: Tensor, scale: float, isa: str, threads: int
 def cost_volume_forward(
     image: Tensor,  # [B, N, d]
     text: Tensor,  # [T, P, d] or [B, T, P, d]
-    out: Tensor,  # [B, P, T, N] contiguous, written
+    out: Tensor | None,  # [B, P, T, N] contiguous, written
     scale: float,
+    highest: Tensor | None = None,  # [B, T] contiguous fp32 (float64 for float64), written; CPU only
     *,
     isa: str = "auto",
     threads: int | None = None,
 ) -> None:
-    """Write ``scale`` times the cosine similarities into ``out``; the tensors share device and dtype.
+    """Write ``scale`` times the cosine similarities into ``out``, and each class's largest into ``highest``.
 
-    ``isa`` is ``auto``, ``baseline``, ``avx2`` or ``avx512``; ``threads`` is torch's number where None. Raises
+    The tensors share device and, but for ``highest``, dtype; what is None is not written.
+
+    ``isa`` is ``auto``, ``baseline``, ``avx2``, ``avx512`` or ``avx512_bf16``; ``threads`` is torch's number where None. Raises
     ``NativeUnavailableError`` without a build and ``ValueError`` for an instruction set that the CPU lacks.
     """
     module = _load()
     arguments = _arguments(image, text, scale, isa, threads)
     with torch.cuda.device_of(image):
         work = _work(module, image, arguments["sizes"], arguments["shared"], backward=False)
-        module.cost_volume_forward(**arguments, out=out.data_ptr(), work=_address(work))
+        module.cost_volume_forward(
+            **arguments, out=_address(out), highest=_address(highest), work=_address(work)
+        )
 
 
 def cost_volume_backward(

@@ -12,21 +12,24 @@ bool has_isa(Isa isa) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (isa == Isa::avx2) return avx2;
-  if (isa == Isa::avx512)
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (isa == Isa::avx512) return avx512;
+  if (isa == Isa::avx512_bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
   return isa == Isa::baseline;
 }
 
 Isa best_isa() {
-  if (has_isa(Isa::avx512)) return Isa::avx512;
-  if (has_isa(Isa::avx2)) return Isa::avx2;
-  return Isa::baseline;
+  Isa best = Isa::baseline;
+  for (Isa isa : kIsas)
+    if (has_isa(isa)) best = isa;
+  return best;
 }
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::avx512_bf16: return "avx512_bf16";
     case Isa::avx512: return "avx512";
     case Isa::avx2: return "avx2";
     default: return "baseline";
@@ -35,7 +38,7 @@ const char* isa_name(Isa isa) {
 
 Isa parse_isa(const std::string& name) {
   if (name == "auto") return best_isa();
-  for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
+  for (Isa isa : kIsas)
     if (name == isa_name(isa)) {
       INFOCLIP_CHECK(has_isa(isa), "this CPU or build has no " + name);
       return isa;

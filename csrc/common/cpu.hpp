@@ -12,7 +12,9 @@
 
 namespace infoclip {
 
-enum class Isa { baseline = 0, avx2 = 1, avx512 = 2 };
+// In order: each has what the ones before it have.
+enum class Isa { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+constexpr Isa kIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
 
 // The best set of instructions that both this build and this CPU (and its operating system) have.
 Isa best_isa();

@@ -12,7 +12,7 @@ namespace {
 template <class C>
 const UpsampleRows<C>& rows_of(Isa isa) {
 #ifdef INFOCLIP_X86
-  if (isa == Isa::avx512) return avx512::upsample_rows<C>();
+  if (isa >= Isa::avx512) return avx512::upsample_rows<C>();
   if (isa == Isa::avx2) return avx2::upsample_rows<C>();
 #endif
   (void)isa;

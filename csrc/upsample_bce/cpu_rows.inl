@@ -1,4 +1,4 @@
-// Compiled once a set of instructions, like cost_volume/cpu_blocks.inl: plain loops for the compiler's vectoriser, only
+// Compiled once a set of instructions, like common/tiles.inl: plain loops for the compiler's vectoriser, only
 // code of this namespace. ISA names the namespace.
 #include <cstdint>
 #include <cstring>

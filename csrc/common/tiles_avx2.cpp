@@ -1,4 +1,4 @@
 #define ISA avx2
 #define VBYTES 32
 #define MR 6
-#include "cost_volume/cpu_blocks.inl"
+#include "common/tiles.inl"

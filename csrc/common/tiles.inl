@@ -1,0 +1,327 @@
+// Compiled once a set of instructions. ISA names the namespace, VBYTES the vector's bytes, MR the rows of the register
+// block (it is two vectors wide), PAIRS the dot product of bfloat16 pairs. Only code of this namespace: an inline function of the standard library compiled
+// here could be the copy that the linker keeps for everybody, with instructions that the CPU may not have.
+#include <cstdint>
+#include <cstring>
+
+#include "common/tiles.hpp"
+#ifdef PAIRS
+#include <immintrin.h>
+#endif
+
+namespace infoclip {
+namespace ISA {
+namespace {
+
+constexpr int64_t KC = 256;  // depth of a block: its panel of B (32 KiB with AVX-512) stays in the first-level cache
+
+template <class C>
+struct Vector {
+  typedef C type __attribute__((vector_size(VBYTES), aligned(alignof(C)), may_alias));
+  static constexpr int lanes = VBYTES / sizeof(C);
+};
+
+#include "common/half.inl"
+
+// The element of a panel and its place: [k][i], or [k / 2][i][2] for pairs.
+#ifdef PAIRS
+template <class C> struct Element { typedef BFloat16 type; };
+constexpr int PAIR = 2;
+#else
+template <class C> struct Element { typedef C type; };
+constexpr int PAIR = 1;
+#endif
+inline int64_t place(int64_t k, int64_t i, int64_t width) {
+  return PAIR == 1 ? k * width + i : (k / 2 * width + i) * 2 + (k & 1);
+}
+inline int64_t padded(int64_t K) { return (K + PAIR - 1) / PAIR * PAIR; }
+
+inline void put(float v, float& to) { to = v; }
+inline void put(double v, double& to) { to = v; }
+inline void put(float v, BFloat16& to) { narrow(v, to); }
+inline void put(BFloat16 v, float& to) { to = widen(v); }
+inline void put(Half v, float& to) { to = widen(v); }
+inline void put(BFloat16 v, BFloat16& to) { to = v; }
+inline void put(Half v, BFloat16& to) { narrow(widen(v), to); }
+
+template <class S, class C, class E>
+void pack_rows_as(const S* src, const int64_t* off, int rows, int64_t sk, int64_t K, int width, const C* scale,
+                  E* panel) {
+  bool side_by_side = true;
+  for (int i = 1; i < rows; ++i) side_by_side &= off[i] == off[i - 1] + 1;
+  if (rows < width || padded(K) != K) memset(panel, 0, sizeof(E) * padded(K) * width);
+  if (side_by_side && rows > 1) {
+    for (int64_t k = 0; k < K; ++k) {
+      const S* from = src + off[0] + k * sk;
+      E* to = panel + place(k, 0, width);
+      if (scale) {
+        for (int i = 0; i < rows; ++i) put(widen(from[i]) * scale[k], to[i * PAIR]);
+      } else {
+        for (int i = 0; i < rows; ++i) put(from[i], to[i * PAIR]);
+      }
+    }
+    return;
+  }
+  // 16 of each row at a time, so that what is read and what is written stay near.
+  for (int64_t k0 = 0; k0 < K; k0 += 16) {
+    const int64_t depth = K - k0 < 16 ? K - k0 : 16;
+    for (int i = 0; i < rows; ++i) {
+      const S* from = src + off[i] + k0 * sk;
+      E* to = panel + place(k0, i, width);
+      if (depth == 16 && sk == 1) {
+        E line[16];
+        if (scale) {
+          for (int k = 0; k < 16; ++k) put(widen(from[k]) * scale[k0 + k], line[k]);
+        } else {
+          for (int k = 0; k < 16; ++k) put(from[k], line[k]);
+        }
+        for (int k = 0; k < 16; k += PAIR) memcpy(to + k * width, line + k, sizeof(E) * PAIR);
+      } else if (scale) {
+        for (int64_t k = 0; k < depth; ++k) put(widen(from[k * sk]) * scale[k0 + k], to[place(k, 0, width)]);
+      } else {
+        for (int64_t k = 0; k < depth; ++k) put(from[k * sk], to[place(k, 0, width)]);
+      }
+    }
+  }
+}
+
+template <class S, class C, class E>
+void pack_columns_as(const S* src, const int64_t* off, int64_t K, int64_t sj, int columns, int width, const C* scale,
+                     E* panel) {
+  if (columns < width || padded(K) != K) memset(panel, 0, sizeof(E) * padded(K) * width);
+  for (int64_t k = 0; k < K; ++k) {
+    const S* from = src + off[k];
+    E* to = panel + place(k, 0, width);
+    if (scale) {
+      const C factor = scale[k];
+      if (sj == 1) {
+        for (int j = 0; j < columns; ++j) put(widen(from[j]) * factor, to[j * PAIR]);
+      } else {
+        for (int j = 0; j < columns; ++j) put(widen(from[j * sj]) * factor, to[j * PAIR]);
+      }
+    } else if (sj == 1) {
+      for (int j = 0; j < columns; ++j) put(from[j], to[j * PAIR]);
+    } else {
+      for (int j = 0; j < columns; ++j) put(from[j * sj], to[j * PAIR]);
+    }
+  }
+}
+
+template <class C>
+C root(C v);
+template <>
+inline float root(float v) { return __builtin_sqrtf(v); }
+template <>
+inline double root(double v) { return __builtin_sqrt(v); }
+
+template <class C, class E>
+void norms_of(const E* panel, int64_t K, int width, C eps, C* inverse) {
+  C sum[4][2 * Vector<C>::lanes > MR ? 2 * Vector<C>::lanes : MR];
+  for (int part = 0; part < 4; ++part)
+    for (int i = 0; i < width; ++i) sum[part][i] = 0;
+  for (int64_t k = 0; k < padded(K); ++k) {  // four partial sums: the rounding error grows with K / 4
+    const E* row = panel + place(k, 0, width);
+    C* to = sum[k & 3];
+    for (int i = 0; i < width; ++i) to[i] += C(widen(row[i * PAIR])) * C(widen(row[i * PAIR]));
+  }
+  for (int i = 0; i < width; ++i) {
+    const C norm = root((sum[0][i] + sum[1][i]) + (sum[2][i] + sum[3][i]));
+    // A NaN norm stays NaN, as in the reference.
+    inverse[i] = C(1) / (norm < eps ? eps : norm);
+  }
+}
+
+template <class C>
+void norms(const void* panel, int64_t K, int width, C eps, C* inverse) {
+  norms_of(static_cast<const typename Element<C>::type*>(panel), K, width, eps, inverse);
+}
+
+template <class C>
+inline void block(int64_t K, const C* __restrict a, const C* __restrict b, C* __restrict c, int64_t ldc) {
+  using V = typename Vector<C>::type;
+  constexpr int L = Vector<C>::lanes;
+  V left[MR], right[MR];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    left[i] = *reinterpret_cast<const V*>(c + i * ldc);
+    right[i] = *reinterpret_cast<const V*>(c + i * ldc + L);
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    const V b0 = *reinterpret_cast<const V*>(b);
+    const V b1 = *reinterpret_cast<const V*>(b + L);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      left[i] += a[i] * b0;
+      right[i] += a[i] * b1;
+    }
+    a += MR;
+    b += 2 * L;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    *reinterpret_cast<V*>(c + i * ldc) = left[i];
+    *reinterpret_cast<V*>(c + i * ldc + L) = right[i];
+  }
+}
+
+#ifdef PAIRS
+// The same block on pairs of bfloat16: each step is two depths. Products are exact, sums are fp32.
+inline void block(int64_t K, const BFloat16* __restrict a, const BFloat16* __restrict b, float* __restrict c,
+                  int64_t ldc) {
+  __m512 left[MR], right[MR];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    left[i] = _mm512_loadu_ps(c + i * ldc);
+    right[i] = _mm512_loadu_ps(c + i * ldc + 16);
+  }
+  for (int64_t k = 0; k < K; k += 2) {
+    const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b);
+    const __m512bh b1 = (__m512bh)_mm512_loadu_si512(b + 32);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      int two;
+      memcpy(&two, a + 2 * i, 4);
+      const __m512bh both = (__m512bh)_mm512_set1_epi32(two);
+      left[i] = _mm512_dpbf16_ps(left[i], both, b0);
+      right[i] = _mm512_dpbf16_ps(right[i], both, b1);
+    }
+    a += 2 * MR;
+    b += 64;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    _mm512_storeu_ps(c + i * ldc, left[i]);
+    _mm512_storeu_ps(c + i * ldc + 16, right[i]);
+  }
+}
+#endif
+
+template <class C>
+void tile(int64_t K, const void* A, int a_panels, const void* B, int b_panels, C* c, int64_t ldc) {
+  typedef typename Element<C>::type E;
+  constexpr int NR = 2 * Vector<C>::lanes;
+  const int64_t full = padded(K);
+  const E* a = static_cast<const E*>(A);
+  const E* b = static_cast<const E*>(B);
+  for (int64_t k = 0; k < full; k += KC) {
+    const int64_t depth = full - k < KC ? full - k : KC;
+    for (int j = 0; j < b_panels; ++j)
+      for (int i = 0; i < a_panels; ++i)
+        block(depth, a + (i * full + k) * MR, b + (j * full + k) * NR, c + i * MR * ldc + j * NR, ldc);
+  }
+}
+
+template <class S, class C>
+void store_as(const C* src, int64_t n, C factor, const C* columns, S* dst) {
+  if (columns) {
+    for (int64_t i = 0; i < n; ++i) narrow(src[i] * factor * columns[i], dst[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) narrow(src[i] * factor, dst[i]);
+  }
+}
+
+template <class C>
+C highest(const C* src, int64_t n, const C* columns) {
+  C part[16];
+  for (int i = 0; i < 16; ++i) part[i] = -C(__builtin_inf());
+  int64_t k = 0;
+  for (; k + 16 <= n; k += 16)
+    for (int i = 0; i < 16; ++i) {
+      const C v = src[k + i] * columns[k + i];
+      part[i] = (v > part[i]) | (v != v) ? v : part[i];  // once NaN, nothing is greater
+    }
+  for (int i = 0; k + i < n; ++i) {
+    const C v = src[k + i] * columns[k + i];
+    part[i] = (v > part[i]) | (v != v) ? v : part[i];
+  }
+  C most = part[0];
+  for (int i = 1; i < 16; ++i) most = (part[i] > most) | (part[i] != part[i]) ? part[i] : most;
+  return most;
+}
+
+template <class S, class C>
+void project_as(const C* g, const S* x, int64_t stride, int64_t D, C inverse, C eps, C* row, S* dst) {
+  C dot = 0;
+  if (inverse < C(1) / eps) {
+    if (stride == 1) {
+      for (int64_t d = 0; d < D; ++d) row[d] = widen(x[d]) * inverse;
+    } else {
+      for (int64_t d = 0; d < D; ++d) row[d] = widen(x[d * stride]) * inverse;
+    }
+    C part[16] = {};
+    int64_t d = 0;
+    for (; d + 16 <= D; d += 16)
+      for (int i = 0; i < 16; ++i) part[i] += row[d + i] * g[d + i];
+    for (int i = 0; d + i < D; ++i) part[i] += row[d + i] * g[d + i];
+    for (int half = 8; half; half /= 2)
+      for (int i = 0; i < half; ++i) part[i] += part[i + half];
+    dot = part[0];
+  } else {
+    for (int64_t d = 0; d < D; ++d) row[d] = 0;
+  }
+  for (int64_t d = 0; d < D; ++d) narrow(inverse * (g[d] - row[d] * dot), dst[d]);
+}
+
+// float arithmetic serves the three narrow types, double only itself.
+template <class C, class F>
+inline void by_type(int dtype, F&& f) {
+  if constexpr (sizeof(C) == 8) {
+    (void)dtype;
+    f(double());
+  } else {
+    if (dtype == kHalf) f(Half());
+    else if (dtype == kBFloat16) f(BFloat16());
+    else f(float());
+  }
+}
+
+template <class C>
+void pack_rows(const void* src, int dtype, const int64_t* off, int rows, int64_t sk, int64_t K, int width,
+               const C* scale, void* panel) {
+  by_type<C>(dtype, [&](auto s) {
+    pack_rows_as(static_cast<const decltype(s)*>(src), off, rows, sk, K, width, scale,
+                 static_cast<typename Element<C>::type*>(panel));
+  });
+}
+
+template <class C>
+void pack_columns(const void* src, int dtype, const int64_t* off, int64_t K, int64_t sj, int columns, int width,
+                  const C* scale, void* panel) {
+  by_type<C>(dtype, [&](auto s) {
+    pack_columns_as(static_cast<const decltype(s)*>(src), off, K, sj, columns, width, scale,
+                    static_cast<typename Element<C>::type*>(panel));
+  });
+}
+
+template <class C>
+void store(const C* src, int64_t n, C factor, const C* columns, void* dst, int64_t offset, int dtype) {
+  by_type<C>(dtype, [&](auto s) { store_as(src, n, factor, columns, static_cast<decltype(s)*>(dst) + offset); });
+}
+
+template <class C>
+void project(const C* g, const void* x, int64_t x_offset, int64_t x_stride, int64_t D, C inverse, C eps, C* row,
+             void* dst, int64_t offset, int dtype) {
+  by_type<C>(dtype, [&](auto s) {
+    using S = decltype(s);
+    project_as(g, static_cast<const S*>(x) + x_offset, x_stride, D, inverse, eps, row, static_cast<S*>(dst) + offset);
+  });
+}
+
+template <class C>
+constexpr Tiles<C> table = {MR,           2 * Vector<C>::lanes, PAIR,     sizeof(typename Element<C>::type),
+                            pack_rows<C>, pack_columns<C>,      norms<C>, tile<C>,
+                            store<C>,     highest<C>,           project<C>};
+
+}  // namespace
+
+#ifdef PAIRS
+const Tiles<float>& tiles() { return table<float>; }
+#else
+template <class C>
+const Tiles<C>& tiles() { return table<C>; }
+template const Tiles<float>& tiles<float>();
+template const Tiles<double>& tiles<double>();
+#endif
+
+}  // namespace ISA
+}  // namespace infoclip
