@@ -163,8 +163,8 @@ def cost_volume_forward(
 
     The tensors share device and, but for ``highest``, dtype; what is None is not written.
 
-    ``isa`` is ``auto``, ``baseline``, ``avx2``, ``avx512`` or ``avx512_bf16``; ``threads`` is torch's number where None. Raises
-    ``NativeUnavailableError`` without a build and ``ValueError`` for an instruction set that the CPU lacks.
+    ``isa`` is ``auto``, ``baseline``, ``avx2``, ``avx512`` or ``avx512_bf16``; ``threads`` is torch's number where None.
+    Raises ``NativeUnavailableError`` without a build and ``ValueError`` for an instruction set that the CPU lacks.
     """
     module = _load()
     arguments = _arguments(image, text, scale, isa, threads)
