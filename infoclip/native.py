@@ -163,16 +163,14 @@ def cost_volume_forward(
 
     The tensors share device and, but for ``highest``, dtype; what is None is not written.
 
-    ``isa`` is ``auto``, ``baseline``, ``avx2``, ``avx512`` or ``avx512_bf16``; ``threads`` is torch's number where None.
+    ``isa`` is ``auto``, ``baseline``, ``avx2``, ``avx512`` or ``avx512_bf16``; ``threads`` None is torch's number.
     Raises ``NativeUnavailableError`` without a build and ``ValueError`` for an instruction set that the CPU lacks.
     """
     module = _load()
     arguments = _arguments(image, text, scale, isa, threads)
     with torch.cuda.device_of(image):
         work = _work(module, image, arguments["sizes"], arguments["shared"], backward=False)
-        module.cost_volume_forward(
-            **arguments, out=_address(out), highest=_address(highest), work=_address(work)
-        )
+        module.cost_volume_forward(**arguments, out=_address(out), highest=_address(highest), work=_address(work))
 
 
 def cost_volume_backward(
