@@ -15,7 +15,7 @@ from torch import Tensor
 
 from infoclip import kernels, native
 from infoclip.kernels import cost_volume as room
-from infoclip.kernels.cost_volume import cost_volume
+from infoclip.kernels.cost_volume import cost_embedding, cost_volume, cost_volume_topk
 from infoclip.kernels.cost_volume.op import cost_volume as op
 
 SLACK = 2.0  # two orders of summation of the same terms: each is as good as the other, within a small factor
@@ -214,6 +214,179 @@ def test_opcheck(backend):
     torch.library.opcheck(op, (image.requires_grad_(), text.requires_grad_(), 2.0, backend))
 
 
+class TestTopClasses:
+    """The cut to the most similar classes: which they are, and that their volume and gradients are the volume's."""
+
+    @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+    @pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-image"])
+    def test_are_those_with_the_largest_similarity(self, shared, backend):
+        image, text, _ = features((3, 70, 131, 2, 19), torch.float32, shared)  # three tiles of rows, two of columns
+        whole = cost_volume(image, text, temperature=0.5, backend=backend)
+        highest = cost_volume(image.double(), text.double(), backend="reference").amax(dim=(1, 3))
+        for k in (1, 20, 131):
+            got = cost_volume_topk(image, text, k, temperature=0.5, backend=backend)
+            assert got.classes.shape == (3, k)
+            assert (got.classes.diff(dim=1) > 0).all()
+            border = highest.sort(dim=1, descending=True).values[:, k - 1 : k]
+            assert (highest.gather(1, got.classes) >= border - 1e-6).all()  # fp32 sums of 19 terms of at most 1
+            for b in range(3):
+                torch.testing.assert_close(got.volume[b], whole[b, :, got.classes[b]], rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_in_half_precision_are_chosen_before_rounding(self, dtype, backend):
+        image, text, _ = features((2, 33, 40, 1, 64), dtype, shared=True)
+        exact = cost_volume(image.double(), text.double(), backend="reference").amax(dim=(1, 3))
+        got = cost_volume_topk(image, text, 7, backend=backend)
+        assert got.volume.dtype == dtype
+        border = exact.topk(7, dim=1).values[:, -1:]
+        assert (exact.gather(1, got.classes) >= border - 1e-5).all()  # fp32 sums, not the dtype's 1e-3
+
+    @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+    def test_gradient_is_that_of_the_chosen(self, backend):
+        image, text, _ = features((2, 17, 9, 2, 13), torch.float32, shared=True)
+        leaves = image.clone().requires_grad_(), text.clone().requires_grad_()
+        got = cost_volume_topk(*leaves, 4, backend=backend)
+        grad = torch.randn(got.volume.shape, generator=torch.Generator().manual_seed(2))
+        found = torch.autograd.grad(got.volume, leaves, grad)
+        same = image.clone().requires_grad_(), text.clone().requires_grad_()
+        whole = cost_volume(*same, backend="reference")
+        index = got.classes[:, None, :, None].expand(-1, 2, -1, 17)
+        for a, b in zip(found, torch.autograd.grad(whole.gather(2, index), same, grad), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-6 * float(b.abs().max()))  # fp32 sums of 70 terms
+        with torch.no_grad():
+            plain = cost_volume_topk(image, text, 4, backend=backend)
+        assert torch.equal(plain.classes, got.classes)
+        torch.testing.assert_close(plain.volume, got.volume.detach(), rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_nan_counts_as_the_largest(self, backend):
+        image, text, _ = features((1, 40, 20, 1, 8), torch.float32, shared=True)
+        text[13, 0, 2] = float("nan")
+        assert 13 in cost_volume_topk(image, text, 1, backend=backend).classes
+
+    @pytest.mark.parametrize(
+        ("k", "error", "message"),
+        [
+            (0, ValueError, "k: expected 1 to 5"),
+            (6, ValueError, "k: expected 1 to 5"),
+            (2.0, TypeError, "k: expected a whole number, got float"),
+        ],
+    )
+    def test_bad_k(self, k, error, message):
+        image, text, _ = features((1, 4, 5, 1, 8), torch.float32, shared=True)
+        with pytest.raises(error, match=message):
+            cost_volume_topk(image, text, k)
+
+    def test_nothing_to_compare(self):
+        image, text, _ = features((1, 0, 5, 1, 8), torch.float32, shared=True)
+        with pytest.raises(ValueError, match="without pixels or prompts"):
+            cost_volume_topk(image, text, 2)
+
+
+class TestEmbedding:
+    """The convolution behind the volume, a chunk of classes at a time, against volume and convolution in fp64."""
+
+    @staticmethod
+    def inputs(shared=True, dtype=torch.float32, size=(2, 30, 7, 3, 11), channels=4, side=7):
+        image, text, _ = features(size, dtype, shared)
+        generator = torch.Generator().manual_seed(3)
+        weight = torch.randn(channels, size[3], side, side, generator=generator).mul(0.1).to(dtype)
+        bias = torch.randn(channels, generator=generator).to(dtype)
+        grad = torch.randn(size[0], size[2], channels, 5, 6, generator=generator).to(dtype)
+        return (image, text, weight, bias), grad
+
+    @staticmethod
+    def run(tensors, grad, **options):
+        leaves = [x.detach().clone().requires_grad_() for x in tensors]
+        out = cost_embedding(*leaves, (5, 6), **options)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-image"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("chunk", [None, 1, 3, 7, 100])
+    def test_value_and_gradients(self, chunk, dtype, shared, backend):
+        tensors, grad = self.inputs(shared, dtype)
+        exact = self.run([x.double() for x in tensors], grad.double(), backend="reference", temperature=0.5)
+        plain = self.run(tensors, grad, backend="reference", temperature=0.5)
+        got = self.run(tensors, grad, backend=backend, class_chunk=chunk, temperature=0.5)
+        sums = (11 * 3 * 49, 4 * 49 * 21, 4 * 49 * 60, 2 * 7 * 30, 2 * 7 * 30)
+        for value, want, eager, terms in zip(got, exact, plain, sums, strict=True):
+            assert value.dtype == dtype
+            # Two roundings more than the volume's: its own, and that of the chunk's sum.
+            assert (value.double() - want).abs().max() <= 2 * allowance(dtype, terms, eager, want)
+
+    def test_reference_is_volume_and_convolution(self):
+        (image, text, weight, bias), _ = self.inputs()
+        out = cost_embedding(image, text, weight, bias, (5, 6), backend="reference")
+        volume = cost_volume(image, text, backend="reference")
+        for b, t in ((0, 0), (1, 6)):
+            want = torch.nn.functional.conv2d(volume[b, :, t].view(1, 3, 5, 6), weight, bias, padding=3)
+            torch.testing.assert_close(out[b, t], want[0], rtol=0, atol=1e-6)  # the same sums, batched otherwise
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_only_the_requested_gradients(self, backend):
+        tensors, grad = self.inputs()
+        every = self.run(tensors, grad, backend=backend, class_chunk=3)[1:]
+        for i in range(4):
+            leaves = [x.clone().requires_grad_(i == j) for j, x in enumerate(tensors)]
+            out = cost_embedding(*leaves, (5, 6), backend=backend, class_chunk=3)
+            torch.testing.assert_close(torch.autograd.grad(out, leaves[i], grad)[0], every[i], rtol=0, atol=1e-5)
+        without = cost_embedding(*tensors[:3], None, (5, 6), backend=backend)
+        with_zero = cost_embedding(*tensors[:3], torch.zeros(4), (5, 6), backend=backend)
+        torch.testing.assert_close(without, with_zero, rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_opcheck_and_compile(self, backend):
+        tensors, _ = self.inputs()
+        torch.use_deterministic_algorithms(False)
+        leaves = [x.requires_grad_() for x in tensors]
+        torch.library.opcheck(room.embedding.cost_embedding, (*leaves, 5, 6, 2.0, 3, backend))
+        torch.library.opcheck(room.op.sweep, (tensors[0].detach(), tensors[1].detach(), 2.0, True, backend))
+        compiled = torch.compile(
+            lambda *x: cost_embedding(*x, (5, 6), backend=backend, class_chunk=3), fullgraph=True, backend="aot_eager"
+        )
+        assert torch.equal(compiled(*leaves), cost_embedding(*leaves, (5, 6), backend=backend, class_chunk=3))
+
+    @needs_native
+    def test_the_volume_is_never_there(self, monkeypatch):
+        """Counted in elements handed to the native code: no chunk is larger than asked for, forward and backward."""
+        tensors, grad = self.inputs(size=(1, 30, 40, 3, 11))
+        largest = []
+        true = native.cost_volume_forward
+
+        def counted(image, text, out, scale, highest=None, **more):
+            largest.append(out.numel())
+            true(image, text, out, scale, highest, **more)
+
+        monkeypatch.setattr(native, "cost_volume_forward", counted)
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+            self.run(tensors, grad, backend="native", class_chunk=4)
+        assert len(largest) == 20
+        assert max(largest) == 4 * 3 * 30
+        assert sum(saved) == sum(x.numel() for x in tensors[:3])
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"weight": torch.ones(4, 2, 7, 7)}, ValueError, r"weight: expected \[C, 3, k, k\] with an odd k"),
+            ({"weight": torch.ones(4, 3, 6, 6)}, ValueError, "with an odd k"),
+            ({"bias": torch.ones(5)}, ValueError, r"bias: expected \[4\], got \[5\]"),
+            ({"grid": (4, 6)}, ValueError, "with h w = 30"),
+            ({"class_chunk": 0}, ValueError, "class_chunk: expected at least 1"),
+            ({"class_chunk": 2.0}, TypeError, "class_chunk: expected a whole number"),
+            ({"weight": 3}, TypeError, "weight: expected a tensor, got int"),
+        ],
+    )
+    def test_bad_input(self, change, error, message):
+        (image, text, weight, bias), _ = self.inputs()
+        arguments = {"weight": weight, "bias": bias, "grid": (5, 6), **change}
+        with pytest.raises(error, match=message):
+            cost_embedding(image, text, **arguments)
+
+
 @needs_native
 @pytest.mark.skipif(INTERPRETED, reason="native")
 class TestNative:
@@ -408,19 +581,17 @@ def test_triton_compiles_without_a_gpu(capability):
     """Each kernel, float32 and bfloat16, to machine code for the GPU generations that are served."""
     pytest.importorskip("triton")
     forms = room.triton_impl
-    pointers = {"x", "inverse", "a", "b", "out", "row_inverse", "column_inverse", "depth_inverse", "g"}
-    wide = {"inverse", "row_inverse", "column_inverse", "depth_inverse", "g"}
-    kinds = {name: "*fp32" if name in wide else "*bf16" for name in pointers} | {"scale": "fp32"}
-    cases = [
-        (forms.norms_kernel, {"EPS": 1e-12, "BR": 16, "BD": 64}),
-        (forms.project_kernel, {"CLAMPED": 1e12, "BR": 16, "BD": 64}),
-    ]
-    tiles = {"BM": forms.BM, "BN": forms.BN, "BK": forms.BK, "WIDEN": False}
-    for ends, precision in ((True, "ieee"), (False, "tf32")):
-        constants = {"SCALE_ENDS": ends, "SCALE_DEPTH": not ends, "PRECISION": precision, **tiles}
-        cases.append((forms.product_kernel, constants))
-    for kernel, constants in cases:
-        assert_compiles(kernel, kinds, constants, capability)
+    wide = {"image_inverse", "text_inverse", "highest", "unit_image", "unit_text"}
+    flags = {"ONE": True, "WIDE": False}
+    for dtype, tiles in (("*fp32", forms.SINGLE), ("*bf16", forms.HALF)):
+        narrow = dict.fromkeys(("image", "text", "out", "grad", "d_image", "d_text"), dtype)
+        kinds = narrow | dict.fromkeys(wide, "*fp32") | {"scale": "fp32"}
+        assert_compiles(forms.norms_kernel, kinds, {**flags, "EPS": 1e-12, **forms.ROWS}, capability)
+        assert_compiles(forms.project_kernel, kinds, {**flags, "CLAMPED": 1e12, **forms.ROWS}, capability)
+        blocks = {key: tiles[0][key] for key in ("BM", "BN", "BK")} | {"WIDEN": False}
+        sweep = {**flags, **blocks, "VOLUME": True, "HIGHEST": True}
+        assert_compiles(forms.forward_kernel, kinds, sweep, capability)
+        assert_compiles(forms.gradients_kernel, kinds, {**flags, **blocks, "IMAGE": True, "TEXT": True}, capability)
 
 
 @pytest.mark.gpu

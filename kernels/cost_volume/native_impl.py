@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from infoclip import native
@@ -14,11 +15,22 @@ def forward(
     image: Tensor,  # [B, N, d]
     text: Tensor,  # [T, P, d] or [B, T, P, d]
     scale: float,
-) -> Tensor:  # [B, P, T, N]
+    volume: bool = True,
+    highest: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The volume [B, P, T, N] and each class's largest similarity [B, T] in fp32 (fp64), as they are asked for."""
     classes, prompts = text.shape[-3:-1]
-    out = image.new_empty(image.shape[0], prompts, classes, image.shape[1])
-    native.cost_volume_forward(image, text, out, scale)
-    return out
+    wide = torch.float64 if image.dtype == torch.float64 else torch.float32
+    apart = highest and image.is_cuda  # the CUDA form writes the volume alone
+    out = most = None
+    if volume or apart:
+        out = image.new_empty(image.shape[0], prompts, classes, image.shape[1])
+    if highest and not apart:
+        most = image.new_empty((image.shape[0], classes), dtype=wide)
+    native.cost_volume_forward(image, text, out, scale, highest=most)
+    if apart and out is not None:
+        most = out.amax(dim=(1, 3)).to(wide)
+    return out if volume else None, most
 
 
 def backward(

@@ -1,4 +1,4 @@
-"""The op as torch knows it: schema, fake, autograd. Autocast is the public function's: it casts before it calls."""
+"""The ops as torch knows them: schema, fake, autograd. The public functions cast, also for autocast."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native_impl, triton_impl
+from . import native_impl, reference, triton_impl
 
-__all__ = ["cost_volume"]
+__all__ = ["cost_volume", "sweep"]
 
 _FORMS: dict[str, Any] = {"native": native_impl, "triton": triton_impl}
 
@@ -17,12 +17,30 @@ _FORMS: dict[str, Any] = {"native": native_impl, "triton": triton_impl}
 @torch.library.custom_op("infoclip::cost_volume", mutates_args=())
 def cost_volume(image: Tensor, text: Tensor, scale: float, backend: str) -> Tensor:  # [B, P, T, N]
     """``scale`` times the cosine similarities of image [B, N, d] and text [T, P, d] or [B, T, P, d]."""
-    return _FORMS[backend].forward(image, text, scale)
+    volume, _ = _FORMS[backend].forward(image, text, scale)
+    return volume
 
 
 @cost_volume.register_fake
 def _(image: Tensor, text: Tensor, scale: float, backend: str) -> Tensor:
     return image.new_empty(image.shape[0], text.shape[-2], text.shape[-3], image.shape[1])
+
+
+@torch.library.custom_op("infoclip::cost_volume_sweep", mutates_args=())
+def sweep(image: Tensor, text: Tensor, scale: float, volume: bool, backend: str) -> tuple[Tensor, Tensor]:
+    """The volume [B, P, T, N] (empty unless asked for) and each class's largest entry [B, T], without gradients."""
+    if backend == "reference":
+        return reference.sweep(image, text, scale, volume)
+    found, highest = _FORMS[backend].forward(image, text, scale, volume=volume, highest=True)
+    return image.new_empty(0) if found is None else found, highest
+
+
+@sweep.register_fake
+def _(image: Tensor, text: Tensor, scale: float, volume: bool, backend: str) -> tuple[Tensor, Tensor]:
+    batch, classes = image.shape[0], text.shape[-3]
+    wide = torch.float64 if image.dtype == torch.float64 else torch.float32
+    found = image.new_empty((batch, text.shape[-2], classes, image.shape[1]) if volume else (0,))
+    return found, image.new_empty((batch, classes), dtype=wide)
 
 
 @torch.library.custom_op("infoclip::cost_volume_backward", mutates_args=())
