@@ -75,17 +75,38 @@ void Team::drain() {
   }
 }
 
+namespace {
+
+inline void pause() {
+#ifdef INFOCLIP_X86
+  __builtin_ia32_pause();
+#endif
+}
+
+// Rounds follow each other within microseconds: to look for a while is much cheaper than to sleep and be woken. The
+// while is short, so that a core that is wanted elsewhere is soon free.
+template <class Condition>
+void look_for(const Condition& there) {
+  for (int i = 0; i < 4000 && !there(); ++i) pause();
+}
+
+}  // namespace
+
 void Team::work() {
   int64_t seen = 0;
-  std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
-    start_.wait(lock, [&] { return stop_ || round_ != seen; });
-    if (stop_) return;
-    seen = round_;
-    lock.unlock();
+    look_for([&] { return round_.load(std::memory_order_acquire) != seen || stop_.load(std::memory_order_relaxed); });
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      start_.wait(lock, [&] { return stop_ || round_ != seen; });
+      if (stop_) return;
+      seen = round_;
+    }
     drain();
-    lock.lock();
-    if (--busy_ == 0) done_.notify_one();
+    if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      std::lock_guard<std::mutex> lock(mutex_);  // nobody is between its look and its sleep
+      done_.notify_one();
+    }
   }
 }
 
@@ -105,6 +126,7 @@ void Team::run(int64_t count, const std::function<void(int64_t)>& item) {
   }
   start_.notify_all();
   drain();
+  look_for([&] { return busy_.load(std::memory_order_acquire) == 0; });
   std::unique_lock<std::mutex> lock(mutex_);
   done_.wait(lock, [&] { return busy_ == 0; });
   if (error_) {

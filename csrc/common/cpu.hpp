@@ -43,9 +43,9 @@ class Team {
   const std::function<void(int64_t)>* item_ = nullptr;
   std::atomic<int64_t> next_{0};
   int64_t count_ = 0;
-  int64_t round_ = 0;
-  int busy_ = 0;
-  bool stop_ = false;
+  std::atomic<int64_t> round_{0};
+  std::atomic<int> busy_{0};
+  std::atomic<bool> stop_{false};
   std::exception_ptr error_;
 };
 

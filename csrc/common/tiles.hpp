@@ -35,10 +35,11 @@ struct Tiles {
   void (*store)(const C* src, int64_t n, C factor, const C* columns, void* dst, int64_t offset, int dtype);
   // The largest of src[i] * columns[i], NaN where one is; -infinity for n = 0.
   C (*highest)(const C* src, int64_t n, const C* columns);
-  // The gradient through x / max(|x|, eps): dst = inverse * (g - u <u, g>), u = x * inverse; without the projection
-  // where the norm was clamped. row is scratch of D elements.
-  void (*project)(const C* g, const void* x, int64_t x_offset, int64_t x_stride, int64_t D, C inverse, C eps, C* row,
-                  void* dst, int64_t offset, int dtype);
+  // to[i][k] = src[off[i] + k * sk], widened: rows x K, contiguous.
+  void (*read_rows)(const void* src, int dtype, const int64_t* off, int rows, int64_t sk, int64_t K, C* to);
+  // The gradient of a row through x / max(|x|, eps): dst = inverse * (g - u <u, g>), u = x * inverse; without the
+  // projection where the norm was clamped.
+  void (*project)(const C* g, const C* x, int64_t D, C inverse, C eps, void* dst, int64_t offset, int dtype);
 
   int64_t depth(int64_t K) const { return (K + pair - 1) / pair * pair; }
   int64_t panel_bytes(int width, int64_t K) const { return depth(K) * width * element; }

@@ -44,6 +44,49 @@ inline void put(Half v, float& to) { to = widen(v); }
 inline void put(BFloat16 v, BFloat16& to) { to = v; }
 inline void put(Half v, BFloat16& to) { narrow(widen(v), to); }
 
+// One depth of a panel (PAIRS: two) from entries that lie side by side; second is null at the end of an odd depth.
+template <bool SCALED, class S, class C, class E>
+inline void put_line(const S* first, const S* second, int count, C f, C g, E* to) {
+#ifdef PAIRS
+  auto bits = [](S v, C factor) {
+    BFloat16 e;
+    if (SCALED) put(widen(v) * factor, e);
+    else put(v, e);
+    return static_cast<uint32_t>(e.bits);
+  };
+  if (second) {
+    for (int i = 0; i < count; ++i) {
+      const uint32_t both = bits(first[i], f) | bits(second[i], g) << 16;
+      memcpy(to + 2 * i, &both, 4);
+    }
+  } else {
+    for (int i = 0; i < count; ++i) {
+      const uint32_t one = bits(first[i], f);
+      memcpy(to + 2 * i, &one, 4);
+    }
+  }
+#else
+  (void)second, (void)g;
+  for (int i = 0; i < count; ++i) {
+    if (SCALED) put(widen(first[i]) * f, to[i]);
+    else put(first[i], to[i]);
+  }
+#endif
+}
+
+template <class S, class C, class E>
+inline void put_lines(const S* src, const int64_t* off, int64_t step, int64_t K, int count, int width, const C* scale,
+                      E* panel) {
+  for (int64_t k = 0; k < K; k += PAIR) {
+    const S* first = src + (off ? off[k] : k * step);
+    const S* second = k + 1 < K ? src + (off ? off[k + 1] : (k + 1) * step) : nullptr;
+    if (!off) __builtin_prefetch(first + 16 * step);  // a map's rows lie further apart than the hardware follows
+    E* to = panel + place(k, 0, width);
+    if (scale) put_line<true>(first, second, count, scale[k], second ? scale[k + 1] : C(0), to);
+    else put_line<false>(first, second, count, C(1), C(1), to);
+  }
+}
+
 template <class S, class C, class E>
 void pack_rows_as(const S* src, const int64_t* off, int rows, int64_t sk, int64_t K, int width, const C* scale,
                   E* panel) {
@@ -51,15 +94,7 @@ void pack_rows_as(const S* src, const int64_t* off, int rows, int64_t sk, int64_
   for (int i = 1; i < rows; ++i) side_by_side &= off[i] == off[i - 1] + 1;
   if (rows < width || padded(K) != K) memset(panel, 0, sizeof(E) * padded(K) * width);
   if (side_by_side && rows > 1) {
-    for (int64_t k = 0; k < K; ++k) {
-      const S* from = src + off[0] + k * sk;
-      E* to = panel + place(k, 0, width);
-      if (scale) {
-        for (int i = 0; i < rows; ++i) put(widen(from[i]) * scale[k], to[i * PAIR]);
-      } else {
-        for (int i = 0; i < rows; ++i) put(from[i], to[i * PAIR]);
-      }
-    }
+    put_lines<S, C, E>(src + off[0], nullptr, sk, K, rows, width, scale, panel);
     return;
   }
   // 16 of each row at a time, so that what is read and what is written stay near.
@@ -89,18 +124,15 @@ template <class S, class C, class E>
 void pack_columns_as(const S* src, const int64_t* off, int64_t K, int64_t sj, int columns, int width, const C* scale,
                      E* panel) {
   if (columns < width || padded(K) != K) memset(panel, 0, sizeof(E) * padded(K) * width);
+  if (sj == 1) {
+    put_lines<S, C, E>(src, off, 0, K, columns, width, scale, panel);
+    return;
+  }
   for (int64_t k = 0; k < K; ++k) {
     const S* from = src + off[k];
     E* to = panel + place(k, 0, width);
     if (scale) {
-      const C factor = scale[k];
-      if (sj == 1) {
-        for (int j = 0; j < columns; ++j) put(widen(from[j]) * factor, to[j * PAIR]);
-      } else {
-        for (int j = 0; j < columns; ++j) put(widen(from[j * sj]) * factor, to[j * PAIR]);
-      }
-    } else if (sj == 1) {
-      for (int j = 0; j < columns; ++j) put(from[j], to[j * PAIR]);
+      for (int j = 0; j < columns; ++j) put(widen(from[j * sj]) * scale[k], to[j * PAIR]);
     } else {
       for (int j = 0; j < columns; ++j) put(from[j * sj], to[j * PAIR]);
     }
@@ -119,11 +151,26 @@ void norms_of(const E* panel, int64_t K, int width, C eps, C* inverse) {
   C sum[4][2 * Vector<C>::lanes > MR ? 2 * Vector<C>::lanes : MR];
   for (int part = 0; part < 4; ++part)
     for (int i = 0; i < width; ++i) sum[part][i] = 0;
-  for (int64_t k = 0; k < padded(K); ++k) {  // four partial sums: the rounding error grows with K / 4
-    const E* row = panel + place(k, 0, width);
-    C* to = sum[k & 3];
-    for (int i = 0; i < width; ++i) to[i] += C(widen(row[i * PAIR])) * C(widen(row[i * PAIR]));
+  // Four partial sums: the rounding error grows with K / 4.
+#ifdef PAIRS
+  for (int64_t k = 0; k < padded(K); k += 2) {
+    C* low = sum[k & 2];
+    C* high = sum[(k & 2) + 1];
+    for (int i = 0; i < width; ++i) {
+      uint32_t both;
+      memcpy(&both, panel + place(k, i, width), 4);
+      const C a = as_float(both << 16), b = as_float(both & 0xffff0000u);
+      low[i] += a * a;
+      high[i] += b * b;
+    }
   }
+#else
+  for (int64_t k = 0; k < K; ++k) {
+    const E* row = panel + k * width;
+    C* to = sum[k & 3];
+    for (int i = 0; i < width; ++i) to[i] += row[i] * row[i];
+  }
+#endif
   for (int i = 0; i < width; ++i) {
     const C norm = root((sum[0][i] + sum[1][i]) + (sum[2][i] + sum[3][i]));
     // A NaN norm stays NaN, as in the reference.
@@ -240,26 +287,44 @@ C highest(const C* src, int64_t n, const C* columns) {
 }
 
 template <class S, class C>
-void project_as(const C* g, const S* x, int64_t stride, int64_t D, C inverse, C eps, C* row, S* dst) {
-  C dot = 0;
-  if (inverse < C(1) / eps) {
-    if (stride == 1) {
-      for (int64_t d = 0; d < D; ++d) row[d] = widen(x[d]) * inverse;
-    } else {
-      for (int64_t d = 0; d < D; ++d) row[d] = widen(x[d * stride]) * inverse;
+void read_rows_as(const S* src, const int64_t* off, int rows, int64_t sk, int64_t K, C* to) {
+  bool side_by_side = sk != 1;
+  for (int i = 1; i < rows; ++i) side_by_side &= off[i] == off[i - 1] + 1;
+  if (side_by_side) {  // 16 of each row at a time, as the lines of memory hold them
+    for (int64_t k0 = 0; k0 < K; k0 += 16) {
+      const int64_t last = K - k0 < 16 ? K : k0 + 16;
+      for (int64_t k = k0; k < last; ++k)
+        for (int i = 0; i < rows; ++i) to[i * K + k] = widen(src[off[0] + i + k * sk]);
     }
-    C part[16] = {};
-    int64_t d = 0;
-    for (; d + 16 <= D; d += 16)
-      for (int i = 0; i < 16; ++i) part[i] += row[d + i] * g[d + i];
-    for (int i = 0; d + i < D; ++i) part[i] += row[d + i] * g[d + i];
-    for (int half = 8; half; half /= 2)
-      for (int i = 0; i < half; ++i) part[i] += part[i + half];
-    dot = part[0];
-  } else {
-    for (int64_t d = 0; d < D; ++d) row[d] = 0;
+    return;
   }
-  for (int64_t d = 0; d < D; ++d) narrow(inverse * (g[d] - row[d] * dot), dst[d]);
+  for (int i = 0; i < rows; ++i) {
+    const S* from = src + off[i];
+    if (sk == 1) {
+      for (int64_t k = 0; k < K; ++k) to[i * K + k] = widen(from[k]);
+    } else {
+      for (int64_t k = 0; k < K; ++k) to[i * K + k] = widen(from[k * sk]);
+    }
+  }
+}
+
+template <class S, class C>
+void project_as(const C* g, const C* x, int64_t D, C inverse, C eps, S* dst) {
+  C dot = 0;
+  const C unit = inverse < C(1) / eps ? inverse : C(0);  // where the norm was clamped nothing is projected
+  C part[32] = {};
+  int64_t d = 0;
+  for (; d + 32 <= D; d += 32)
+    for (int i = 0; i < 32; ++i) part[i] += x[d + i] * unit * g[d + i];
+  for (int i = 0; d + i < D; ++i) part[i] += x[d + i] * unit * g[d + i];
+  for (int half = 16; half; half /= 2)
+    for (int i = 0; i < half; ++i) part[i] += part[i + half];
+  dot = part[0];
+  if (unit != 0) {
+    for (d = 0; d < D; ++d) narrow(inverse * (g[d] - x[d] * unit * dot), dst[d]);
+  } else {
+    for (d = 0; d < D; ++d) narrow(inverse * g[d], dst[d]);
+  }
 }
 
 // float arithmetic serves the three narrow types, double only itself.
@@ -299,18 +364,21 @@ void store(const C* src, int64_t n, C factor, const C* columns, void* dst, int64
 }
 
 template <class C>
-void project(const C* g, const void* x, int64_t x_offset, int64_t x_stride, int64_t D, C inverse, C eps, C* row,
-             void* dst, int64_t offset, int dtype) {
+void read_rows(const void* src, int dtype, const int64_t* off, int rows, int64_t sk, int64_t K, C* to) {
+  by_type<C>(dtype, [&](auto s) { read_rows_as(static_cast<const decltype(s)*>(src), off, rows, sk, K, to); });
+}
+
+template <class C>
+void project(const C* g, const C* x, int64_t D, C inverse, C eps, void* dst, int64_t offset, int dtype) {
   by_type<C>(dtype, [&](auto s) {
-    using S = decltype(s);
-    project_as(g, static_cast<const S*>(x) + x_offset, x_stride, D, inverse, eps, row, static_cast<S*>(dst) + offset);
+    project_as(g, x, D, inverse, eps, static_cast<decltype(s)*>(dst) + offset);
   });
 }
 
 template <class C>
 constexpr Tiles<C> table = {MR,           2 * Vector<C>::lanes, PAIR,     sizeof(typename Element<C>::type),
                             pack_rows<C>, pack_columns<C>,      norms<C>, tile<C>,
-                            store<C>,     highest<C>,           project<C>};
+                            store<C>,     highest<C>,           read_rows<C>, project<C>};
 
 }  // namespace
 

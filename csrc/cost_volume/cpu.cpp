@@ -112,9 +112,11 @@ void backward(const CostVolume& p, Isa isa, int threads) {
   auto finish = [&](const C* g, int64_t rows, const void* x, const std::vector<int64_t>& off, int64_t stride,
                     const C* inverse, void* dst, const auto& place) {
     team.run(ceil_div(rows, kRows), [&](int64_t i) {
-      Buffer<C> row(D);
-      for (int64_t r = i * kRows; r < std::min(rows, (i + 1) * kRows); ++r)
-        k.project(g + r * D, x, off[r], stride, D, inverse[r], C(kEps), row.get(), dst, place(r), p.dtype);
+      Buffer<C> own(kRows * D);
+      const int64_t first = i * kRows, last = std::min(rows, first + kRows);
+      k.read_rows(x, p.dtype, off.data() + first, static_cast<int>(last - first), stride, D, own.get());
+      for (int64_t r = first; r < last; ++r)
+        k.project(g + r * D, own.get() + (r - first) * D, D, inverse[r], C(kEps), dst, place(r), p.dtype);
     });
   };
 
