@@ -149,6 +149,46 @@ def test_same_bits_for_any_thread_count_and_instruction_set() -> None:
 GOLDEN_DIGEST = "1f21fb08444431bb438baf2ac5979de008f1edf2a7b28234b6773757936c806c"
 
 
+def test_other_sizes_and_captions_keep_their_bytes() -> None:
+    """Everything but the instances, at two more sizes, against what was drawn before there were instances."""
+    digest = hashlib.sha256()
+    for size, seed in ((64, 5), (192, 2)):
+        scenes = S.render_scenes(40, size, (0, 4), seed=seed)
+        for field in (scenes.images, scenes.masks, scenes.objects, scenes.backgrounds):
+            digest.update(field.contiguous().numpy().tobytes())
+        digest.update("\n".join(S.captions(scenes, seed)).encode())
+    assert digest.hexdigest() == "e53c775ca3e351b3cfe52006c991f69b850091a7c2a41362413408a8ed900382"
+
+
+@pytest.mark.parametrize(("size", "seed"), [(96, 11), (64, 5), (192, 2)])
+def test_instances_agree_with_the_masks(size: int, seed: int) -> None:
+    scenes = S.render_scenes(40, size, (0, 4), seed=seed)
+    classes = scenes.instance_classes
+    assert classes.shape == (40, 5)
+    assert int(scenes.instances.min()) == 1
+    of_pixels = classes.gather(1, scenes.instances.flatten(1) - 1).view_as(scenes.masks)
+    assert torch.equal(of_pixels, scenes.masks)
+    for instances, objects in zip(scenes.instances, scenes.objects, strict=True):
+        assert set((instances.unique() - 2).tolist()) - {-1} <= set((objects >= 0).nonzero()[:, 0].tolist())
+    assert S.render_scenes(0, 64).instances.shape == (0, 64, 64)
+
+
+def test_instances_of_one_class_stay_apart_under_occlusion() -> None:
+    """Each visible part is the object's own outline, less the outlines of those in front of it."""
+    allowed, grounds = S._allowed(["red plain circle", "sand"], 4)
+    plan = S._Plan(*S._Draws(32, 64, 3).arrange(4, 4, allowed, grounds, None))
+    # Side by side objects hide nothing: here they are moved onto each other.
+    plan = plan._replace(centre=32 + (plan.centre - 32) * 0.4)
+    scenes = S._paint(plan, 64)
+    axis = torch.arange(64) + 0.5
+    inside = torch.stack([S._distance(plan, k, axis)[0] < 0 for k in range(4)], dim=1)  # [32, 4, 64, 64]
+    assert int((inside.sum(dim=1) > 1).sum()) > 1000  # pixels where objects overlap
+    for k in range(4):
+        visible = inside[:, k] & ~inside[:, k + 1 :].any(dim=1)
+        assert torch.equal(scenes.instances == k + 2, visible)
+    assert torch.equal(scenes.instances == 1, scenes.masks == 49)
+
+
 def test_only_the_given_classes_occur() -> None:
     seen, _ = S.split_classes("attribute")
     scenes = S.render_scenes(64, 64, (1, 3), seed=4, classes=seen)
@@ -203,6 +243,37 @@ def test_written_folder_is_the_rendered_scenes(tmp_path: Path) -> None:
             assert (picture.mode, mask.mode) == ("RGB", "L")
             assert np.array_equal(np.asarray(picture).transpose(2, 0, 1), images[i].numpy())
             assert np.array_equal(np.asarray(mask), masks[i].numpy())
+
+
+def test_panoptic_folder_holds_the_instances(tmp_path: Path) -> None:
+    root = S.write_scenes(tmp_path / "a", 35, 64, 3)
+    plain = _files(root)
+    S.write_scenes(root, 35, 64, 3, panoptic=True)
+    files = _files(root)
+    assert plain.items() <= files.items()  # added to the folder, nothing else changed
+    assert _files(S.write_scenes(tmp_path / "b", 35, 64, 3, panoptic=True)) == files
+    scenes = S.render_scenes(35, 64, (1, 4), seed=3)
+    truth = json.loads((root / "panoptic.json").read_text())
+    assert [(c["id"], c["name"]) for c in truth["categories"]] == list(enumerate(S.SCENE_CLASSES))
+    assert [c["isthing"] for c in truth["categories"]] == [1] * 48 + [0] * 4
+    assert [image["id"] for image in truth["images"]] == [a["image_id"] for a in truth["annotations"]]
+    for index, annotation in enumerate(truth["annotations"]):
+        with Image.open(root / "panoptic" / annotation["file_name"]) as picture:
+            assert picture.mode == "RGB"
+            colour = np.asarray(picture).astype(np.int64)
+        ids = colour @ np.array([1, 256, 65536])
+        assert np.array_equal(ids, scenes.instances[index].numpy())
+        segments = annotation["segments_info"]
+        assert sorted(s["id"] for s in segments) == sorted(set(ids.flatten().tolist()))
+        assert sum(s["area"] for s in segments) == 64 * 64
+        for s in segments:
+            part = ids == s["id"]
+            assert s["area"] == part.sum()
+            assert set(scenes.masks[index].numpy()[part].tolist()) == {s["category_id"]}
+            x, y, w, h = s["bbox"]
+            assert part[y : y + h, x : x + w].sum() == s["area"]
+            assert part[[y, y + h - 1]].any(axis=1).all()  # the box is tight
+            assert part[:, [x, x + w - 1]].any(axis=0).all()
 
 
 def test_writing_again_changes_nothing_and_mends_what_is_missing(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ is computed for whole batches at once. Two properties are promised:
   number of threads or how many pictures are asked for. Only arithmetic that IEEE 754 fixes is used on pixels (no
   sin, exp, normal draws or reductions, whose last bits depend on the processor).
 - **Exact masks.** A pixel belongs to an object where its centre lies inside the shape; edges are smoothed in the
-  picture alone.
+  picture alone. Where objects overlap it belongs to the front one, in the semantic mask and in the instance map.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from infoclip.errors import ConfigError, DataError, StorageError
 
@@ -72,6 +73,12 @@ class Scenes(NamedTuple):
     masks: Tensor  # [n, S, S] int64, index into SCENE_CLASSES
     objects: Tensor  # [n, 4] int64, object classes from back to front, -1 where there is none
     backgrounds: Tensor  # [n] int64, index into BACKGROUNDS
+    instances: Tensor  # [n, S, S] int64, 1 for the ground (stuff), 2 + k for the object of column k (things)
+
+    @property
+    def instance_classes(self) -> Tensor:
+        """Class of each instance, int64 [n, 5]: column i is that of instance i + 1, -1 where there is none."""
+        return torch.cat([self.backgrounds[:, None] + len(OBJECT_CLASSES), self.objects], dim=1)
 
 
 def split_classes(split: str) -> tuple[list[str], list[str]]:
@@ -162,6 +169,7 @@ def render_scenes(
         return Scenes(
             torch.empty(0, 3, size, size, dtype=torch.uint8), empty.view(0, 1, 1).expand(0, size, size),
             empty.view(0, 1).expand(0, _MAX_OBJECTS), empty,
+            empty.view(0, 1, 1).expand(0, size, size),
         )  # fmt: skip
     plan = _Plan(*(torch.cat(parts)[:n] for parts in zip(*blocks, strict=True)))
     return _paint(plan, size)
@@ -301,6 +309,7 @@ def _paint(plan: _Plan, size: int) -> Scenes:
         if len(rows):
             image[rows] = painter(plan.fine[rows], plan.coarse[rows], plan.ground[rows], axis, scale)
     masks = (plan.backgrounds + len(OBJECT_CLASSES))[:, None, None].repeat(1, size, size)
+    instances = torch.ones_like(masks)
 
     for slot in range(_MAX_OBJECTS):
         rows = (plan.objects[:, slot] >= 0).nonzero()[:, 0]
@@ -313,6 +322,7 @@ def _paint(plan: _Plan, size: int) -> Scenes:
         cover = (0.5 - distance).clamp(0, 1)[:, None]  # [m, 1, S, S]
         image[rows] = image[rows] * (1 - cover) + colour * cover
         masks[rows] = torch.where(distance < 0, cls[:, None, None], masks[rows])
+        instances[rows] = instances[rows].masked_fill(distance < 0, slot + 2)
 
     x = (axis / size - 0.5)[None, None, :]
     y = (axis / size - 0.5)[None, :, None]
@@ -320,7 +330,7 @@ def _paint(plan: _Plan, size: int) -> Scenes:
     shade = (0.84 + 0.28 * light[:, 0]) + (light[:, 1] - 0.5) * 0.3 * x + (light[:, 2] - 0.5) * 0.3 * y
     image = image * shade[:, None]
     images = (image * 255 + 0.5).floor().clamp(0, 255).to(torch.uint8)
-    return Scenes(images, masks, plan.objects.contiguous(), plan.backgrounds)
+    return Scenes(images, masks, plan.objects.contiguous(), plan.backgrounds, instances)
 
 
 def _distance(plan: _Plan, slot: int, axis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -501,6 +511,7 @@ def write_scenes(
     seed: int,
     objects: tuple[int, int] = (1, 4),
     classes: Sequence[str] | None = None,
+    panoptic: bool = False,
 ) -> Path:
     """Write scenes as real files: ``images/000000.png`` (RGB), ``masks/000000.png`` (8 bit, index into the class list),
     ``classes.json`` (the 52 names) and ``scenes.json`` (how they were made).
@@ -513,6 +524,10 @@ def write_scenes(
         root: folder, made when missing.
         count: number of pictures.
         size, seed, objects, classes: as :func:`render_scenes`.
+        panoptic: also write the instance truth in the layout of COCO panoptic (as panopticapi reads it):
+            ``panoptic/000000.png``, whose colour is the segment's id (R + 256 G + 65536 B), and ``panoptic.json`` with
+            the segments of each picture and the categories, whose ids are the masks' values. It may be added to a
+            folder that was written without it.
 
     Returns:
         ``root``.
@@ -537,8 +552,9 @@ def write_scenes(
     }
     _claim(root, manifest)
     try:
-        for folder in (root / "images", root / "masks"):
-            folder.mkdir(parents=True, exist_ok=True)
+        for folder in ("images", "masks", *(["panoptic"] if panoptic else [])):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        annotations: list[dict[str, Any]] = []
         _write_json(root / "classes.json", list(SCENE_CLASSES))
         _write_json(root / "scenes.json", manifest)
         # Whole blocks, because a part of a block would be drawn in full anyway.
@@ -551,11 +567,44 @@ def write_scenes(
                 picture = scenes.images[index - start].permute(1, 2, 0).contiguous()
                 _write_png(root / "images" / name, picture, "RGB")
                 _write_png(root / "masks" / name, scenes.masks[index - start].to(torch.uint8), "L")
+                if panoptic:
+                    instances = scenes.instances[index - start].to(torch.uint8)
+                    colour = F.pad(instances[..., None], (0, 2))  # ids up to 5 are all in the red channel
+                    _write_png(root / "panoptic" / name, colour, "RGB")
+                    info = _segments(instances, scenes.instance_classes[index - start].tolist())
+                    annotations.append({"image_id": index, "file_name": name, "segments_info": info})
+        if panoptic:
+            _write_json(root / "panoptic.json", _panoptic_json(annotations, size))
     except OSError as error:
         if isinstance(error, StorageError):
             raise
         raise StorageError(f"Cannot write the scenes to {root}: {error.strerror or error}.") from error
     return root
+
+
+def _segments(instances: Tensor, classes: list[int]) -> list[dict[str, Any]]:  # [S, S]
+    """The ``segments_info`` of one picture: what can be seen of each instance."""
+    segments = []
+    for index in instances.unique().tolist():
+        rows, columns = (instances == index).nonzero().unbind(dim=1)
+        x, y = int(columns.min()), int(rows.min())
+        box = [x, y, int(columns.max()) - x + 1, int(rows.max()) - y + 1]  # x, y, width, height
+        segments.append({"id": index, "category_id": classes[index - 1], "area": len(rows), "bbox": box, "iscrowd": 0})
+    return segments
+
+
+def _panoptic_json(annotations: list[dict[str, Any]], size: int) -> dict[str, Any]:
+    images = [{"id": a["image_id"], "file_name": a["file_name"], "width": size, "height": size} for a in annotations]
+    categories = [
+        {
+            "id": index,
+            "name": name,
+            "supercategory": "object" if index < len(OBJECT_CLASSES) else "ground",
+            "isthing": int(index < len(OBJECT_CLASSES)),
+        }
+        for index, name in enumerate(SCENE_CLASSES)
+    ]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def _render_range(
@@ -596,7 +645,7 @@ def _claim(root: Path, manifest: dict[str, Any]) -> None:
 
 def _leftover(path: Path) -> bool:
     """Whether a path is what an interrupted first call leaves behind."""
-    if path.name in ("images", "masks"):
+    if path.name in ("images", "masks", "panoptic"):
         return path.is_dir() and not any(path.iterdir())
     return path.name in ("classes.json", "classes.json.tmp", "scenes.json.tmp")
 
