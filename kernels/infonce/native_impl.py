@@ -1,0 +1,1 @@
+from infoclip.native import why_not
