@@ -43,6 +43,7 @@ from infoclip.data.scenes import (
     render_scenes,
 )
 from infoclip.errors import ConfigError, DataError, NonFiniteLossError, StorageError
+from infoclip.kernels.infonce import infonce
 
 if TYPE_CHECKING:
     from infoclip.clip import DenseCLIP, DenseMode
@@ -250,9 +251,8 @@ def _encode_chunk(
 
 def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:  # [B, d], [B, d] -> scalar
     """CLIP's symmetric loss (Radford et al., section 2.3)."""
-    logits = scale * F.normalize(images.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T
-    target = torch.arange(len(logits))
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    images, texts = F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
+    return infonce(images[None], texts[None], 1 / scale).loss
 
 
 def phrase_patch_loss(

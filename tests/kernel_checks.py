@@ -36,8 +36,17 @@ def assert_passes_in_the_interpreter(file: str) -> None:
     assert "passed" in done.stdout
 
 
-def assert_compiles(kernel: Any, kinds: Mapping[str, str], constants: Mapping[str, Any], capability: int) -> None:
-    """A Triton kernel to machine code for a GPU generation; an argument that ``kinds`` does not name is an int32."""
+def assert_compiles(
+    kernel: Any,
+    kinds: Mapping[str, str],
+    constants: Mapping[str, Any],
+    capability: int,
+    launch: Mapping[str, int] | None = None,
+) -> None:
+    """A Triton kernel to machine code for a GPU generation; an argument that ``kinds`` does not name is an int32.
+
+    ``launch`` are the numbers of warps and stages, Triton's own where None.
+    """
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -46,6 +55,6 @@ def assert_compiles(kernel: Any, kinds: Mapping[str, str], constants: Mapping[st
     source = ASTSource(
         fn=kernel, signature=signature, constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()}
     )
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch or {}))
     assert len(built.asm["cubin"]) > 1000
     assert built.metadata.shared <= 48 * 1024  # fits every block without asking for more

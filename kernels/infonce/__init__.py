@@ -10,7 +10,7 @@ from torch import Tensor
 
 from infoclip.kernels import Op, choose, register
 
-from . import native_impl, op, triton_impl
+from . import op, triton_impl
 from .reference import infonce as reference
 
 __all__ = ["InfoNCE", "infonce"]
@@ -21,11 +21,10 @@ register(
         backends={
             "reference": lambda device, dtype: None,
             "triton": triton_impl.why_not,
-            "native": native_impl.why_not,
         },
         auto={"cpu": ("reference",), "cuda": ("reference",)},
         reason={
-            "cpu": "the other forms take CUDA.",
+            "cpu": "the Triton form takes CUDA.",
             "cuda": "the kernels' speed on a GPU is not measured yet.",
         },
     )
@@ -62,21 +61,22 @@ def infonce(
 
     No backend but the reference makes anything of size N x M, in forward or backward. Any strides. Differentiable once
     (the reference: any number of times) in ``x``, ``y`` and a ``temperature`` tensor. float32, float16 and bfloat16
-    with fp32 sums and exponentials, float64 in ``reference`` and in ``native`` on the CPU; two dtypes are promoted to
+    with fp32 sums and exponentials, float64 in ``reference``; two dtypes are promoted to
     the wider. Under autocast inputs are taken as they are. Equal and zero rows are fine; a sample that is not finite
     gives a loss that is not finite (but see the README) and gradients that are not.
 
     Args:
         x, y: samples of one dtype and device, with the same leading axes, at least one.
-        temperature: above 0; a tensor of no axes gets a gradient where it requires one.
+        temperature: above 0; a tensor of no axes gets a gradient where it requires one, and gives NaN where it is
+            not above 0.
         positive: each row's pair; None: N = M, row i's is row i.
-        backend: ``reference``, ``triton``, ``native`` or ``auto``; None asks ``INFOCLIP_BACKEND``, then ``auto``.
+        backend: ``reference``, ``triton`` or ``auto``; None asks ``INFOCLIP_BACKEND``, then ``auto``.
 
     Raises:
         TypeError: samples that are no floating-point tensors, or indices that are no whole numbers.
-        ValueError: shapes or devices that do not go together, an empty axis, a temperature that is not above 0, an
-            unknown backend and, on the CPU, an index outside 0 .. M - 1 (on a GPU the check would stall the device;
-            such an index, like a temperature tensor not above 0, gives a loss that is NaN there).
+        ValueError: shapes or devices that do not go together, an empty axis, a number as temperature that is not above
+            0, an unknown backend and, on the CPU, an index outside 0 .. M - 1 (on a GPU the check would stall the
+            device; such an index gives a loss that is NaN there).
         infoclip.kernels.BackendUnavailableError: the backend asked for by name cannot run here.
     """
     for name, value in (("x", x), ("y", y)):
@@ -146,14 +146,9 @@ def _checked_temperature(temperature: float | Tensor, device: torch.device, wide
             raise ValueError(f"temperature: expected a number or a tensor of no axes, got {list(temperature.shape)}")
         if temperature.device != device:
             raise ValueError(f"x is on {device}, temperature on {temperature.device}: expected one device")
-        if device.type != "cpu" or torch.compiler.is_compiling():
-            return temperature.to(wide)  # reading it would stall the device
-        value = float(temperature.detach())
-        temperature = temperature.to(wide)
-    elif isinstance(temperature, (int, float)):
-        value = float(temperature)
-    else:
+        return temperature.to(wide)  # whether it is above 0 is not read: that would stall a device
+    if not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature: expected a number or a tensor, got {type(temperature).__name__}")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"temperature: expected a finite number above 0, got {value}")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
     return temperature

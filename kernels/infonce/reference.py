@@ -22,6 +22,8 @@ def infonce(
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     device = x.device.type
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        if isinstance(temperature, Tensor):
+            temperature = torch.where(temperature > 0, temperature, math.nan)
         logits = x.to(wide) @ y.to(wide).mT / temperature  # [B, N, M]
         n, m = logits.shape[-2:]
         if positive is None:

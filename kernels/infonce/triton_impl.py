@@ -32,7 +32,7 @@ if MISSING is None:
     def factor_of(temperature, scale, TEMPERATURE: tl.constexpr):
         """What the inner products are multiplied by."""
         if TEMPERATURE:
-            b_t = tl.load(temperature).to(tl.float32)
+            b_t = tl.load(temperature)
             return tl.where(b_t > 0.0, tl.div_rn(1.0, b_t), float("nan"))
         return scale
 
@@ -140,10 +140,9 @@ if MISSING is None:
                 # Outside is -inf before any maximum is taken.
                 b_s = tl.where(m_i[:, None] & m_j[None, :], b_s * factor, float("-inf"))
 
+                o_pair = o_i
                 if POSITIVE:
                     o_pair = tl.load(positive + i_b * p_b + o_i * p_n, mask=m_i, other=-1)
-                else:
-                    o_pair = o_i
                 m_pair = m_i[:, None] & (o_pair[:, None] == o_j[None, :])
                 if POSITIVE or (i * BM < (j + 1) * BN and j * BN < (i + 1) * BM):
                     b_pair = tl.where(m_pair, b_s, 0.0)

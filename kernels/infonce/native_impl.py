@@ -1,1 +1,0 @@
-from infoclip.native import why_not
