@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import triton_impl
+from . import native_impl, triton_impl
 
 __all__ = ["infonce"]
 
-_FORMS: dict[str, Any] = {"triton": triton_impl}
+_FORMS: dict[str, Any] = {"native": native_impl, "triton": triton_impl}
 
 
 def _wide(x: Tensor) -> torch.dtype:
