@@ -52,6 +52,28 @@ void on_device(bool cuda, CostVolume& p, bool backward, const std::string& isa, 
 #endif
 }
 
+InfoNce infonce_problem(const std::array<int64_t, 4>& sizes, int dtype, bool symmetric, double scale,
+                        uintptr_t temperature, uintptr_t x, const Strides3& x_s, uintptr_t y, const Strides3& y_s,
+                        uintptr_t positive, const std::array<int64_t, 2>& positive_s, uintptr_t rows,
+                        uintptr_t columns) {
+  for (int64_t size : sizes) INFOCLIP_CHECK(size > 0, "a size is not above 0");
+  INFOCLIP_CHECK(dtype >= kFloat && dtype <= kDouble, "unknown dtype");
+  INFOCLIP_CHECK(positive || sizes[1] == sizes[2], "the diagonal needs as many rows as columns");
+  InfoNce p{};
+  p.B = sizes[0], p.N = sizes[1], p.M = sizes[2], p.D = sizes[3];
+  p.dtype = dtype, p.symmetric = symmetric, p.scale = scale;
+  p.temperature = reinterpret_cast<const void*>(temperature);
+  p.x = reinterpret_cast<const void*>(x);
+  p.y = reinterpret_cast<const void*>(y);
+  p.positive = reinterpret_cast<const int64_t*>(positive);
+  std::copy(x_s.begin(), x_s.end(), p.x_s);
+  std::copy(y_s.begin(), y_s.end(), p.y_s);
+  std::copy(positive_s.begin(), positive_s.end(), p.positive_s);
+  p.rows = reinterpret_cast<void*>(rows);
+  p.columns = reinterpret_cast<void*>(columns);
+  return p;
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = INFOCLIP_VERSION;
@@ -128,6 +150,45 @@ PYBIND11_MODULE(_C, m) {
       py::arg("image"), py::arg("image_s"), py::arg("text"), py::arg("text_s"), py::arg("grad"), py::arg("grad_s"),
       py::arg("d_image"), py::arg("d_text"), py::arg("work"), py::arg("isa"), py::arg("threads"), py::arg("stream"));
   m.def(
+      "infonce_forward",
+      [](const std::array<int64_t, 4>& sizes, int dtype, bool symmetric, double scale, uintptr_t temperature,
+         uintptr_t x, const Strides3& x_s, uintptr_t y, const Strides3& y_s, uintptr_t positive,
+         const std::array<int64_t, 2>& positive_s, uintptr_t rows, uintptr_t columns, uintptr_t loss, uintptr_t bound,
+         const std::string& isa, int threads) {
+        InfoNce p = infonce_problem(sizes, dtype, symmetric, scale, temperature, x, x_s, y, y_s, positive, positive_s,
+                                    rows, columns);
+        p.loss = reinterpret_cast<void*>(loss);
+        p.bound = reinterpret_cast<void*>(bound);
+        const Isa chosen = parse_isa(isa);
+        py::gil_scoped_release release;
+        infonce_forward_cpu(p, chosen, threads);
+      },
+      py::kw_only(), py::arg("sizes"), py::arg("dtype"), py::arg("symmetric"), py::arg("scale"),
+      py::arg("temperature"), py::arg("x"), py::arg("x_s"), py::arg("y"), py::arg("y_s"), py::arg("positive"),
+      py::arg("positive_s"), py::arg("rows"), py::arg("columns"), py::arg("loss"), py::arg("bound"), py::arg("isa"),
+      py::arg("threads"));
+  m.def(
+      "infonce_backward",
+      [](const std::array<int64_t, 4>& sizes, int dtype, bool symmetric, double scale, uintptr_t temperature,
+         uintptr_t x, const Strides3& x_s, uintptr_t y, const Strides3& y_s, uintptr_t positive,
+         const std::array<int64_t, 2>& positive_s, uintptr_t rows, uintptr_t columns, uintptr_t d_loss, uintptr_t d_x,
+         uintptr_t d_y, uintptr_t d_temperature, const std::string& isa, int threads) {
+        InfoNce p = infonce_problem(sizes, dtype, symmetric, scale, temperature, x, x_s, y, y_s, positive, positive_s,
+                                    rows, columns);
+        INFOCLIP_CHECK(temperature || !d_temperature, "no temperature to differentiate");
+        p.d_loss = reinterpret_cast<const void*>(d_loss);
+        p.d_x = reinterpret_cast<void*>(d_x);
+        p.d_y = reinterpret_cast<void*>(d_y);
+        p.d_temperature = reinterpret_cast<void*>(d_temperature);
+        const Isa chosen = parse_isa(isa);
+        py::gil_scoped_release release;
+        infonce_backward_cpu(p, chosen, threads);
+      },
+      py::kw_only(), py::arg("sizes"), py::arg("dtype"), py::arg("symmetric"), py::arg("scale"),
+      py::arg("temperature"), py::arg("x"), py::arg("x_s"), py::arg("y"), py::arg("y_s"), py::arg("positive"),
+      py::arg("positive_s"), py::arg("rows"), py::arg("columns"), py::arg("d_loss"), py::arg("d_x"), py::arg("d_y"),
+      py::arg("d_temperature"), py::arg("isa"), py::arg("threads"));
+  m.def(
       "upsample_bce",
       [](bool cuda, const std::array<int64_t, 6>& sizes, int dtype, uintptr_t logits, const Strides4& logits_s,
          uintptr_t target, const Strides3& target_s, int64_t ignore_index, bool masked, uintptr_t loss, uintptr_t grad,
@@ -164,40 +225,6 @@ PYBIND11_MODULE(_C, m) {
       py::kw_only(), py::arg("cuda"), py::arg("sizes"), py::arg("dtype"), py::arg("logits"), py::arg("logits_s"),
       py::arg("target"), py::arg("target_s"), py::arg("ignore_index"), py::arg("masked"), py::arg("loss"),
       py::arg("grad"), py::arg("work"), py::arg("isa"), py::arg("threads"), py::arg("stream"));
-  m.def(
-      "infonce",
-      [](const std::array<int64_t, 4>& sizes, int dtype, bool symmetric, double scale, uintptr_t x,
-         const Strides3& x_s, uintptr_t y, const Strides3& y_s, uintptr_t temperature, uintptr_t positive,
-         const std::array<int64_t, 2>& positive_s, uintptr_t rows, uintptr_t columns, uintptr_t loss, uintptr_t bound,
-         uintptr_t d_loss, uintptr_t d_x, uintptr_t d_y, uintptr_t d_temperature, const std::string& isa, int threads) {
-        for (int64_t size : sizes) INFOCLIP_CHECK(size > 0, "a size is not above 0");
-        INFOCLIP_CHECK(dtype >= kFloat && dtype <= kDouble, "unknown dtype");
-        InfoNce p{};
-        p.B = sizes[0], p.N = sizes[1], p.M = sizes[2], p.D = sizes[3];
-        p.dtype = dtype, p.symmetric = symmetric, p.scale = scale;
-        p.x = reinterpret_cast<const void*>(x);
-        p.y = reinterpret_cast<const void*>(y);
-        std::copy(x_s.begin(), x_s.end(), p.x_s);
-        std::copy(y_s.begin(), y_s.end(), p.y_s);
-        p.temperature = reinterpret_cast<const void*>(temperature);
-        p.positive = reinterpret_cast<const int64_t*>(positive);
-        std::copy(positive_s.begin(), positive_s.end(), p.positive_s);
-        p.rows = reinterpret_cast<void*>(rows);
-        p.columns = reinterpret_cast<void*>(columns);
-        p.loss = reinterpret_cast<void*>(loss);
-        p.bound = reinterpret_cast<void*>(bound);
-        p.d_loss = reinterpret_cast<const void*>(d_loss);
-        p.d_x = reinterpret_cast<void*>(d_x);
-        p.d_y = reinterpret_cast<void*>(d_y);
-        p.d_temperature = reinterpret_cast<void*>(d_temperature);
-        const Isa chosen = parse_isa(isa);
-        py::gil_scoped_release release;
-        p.d_loss ? infonce_backward_cpu(p, chosen, threads) : infonce_forward_cpu(p, chosen, threads);
-      },
-      py::kw_only(), py::arg("sizes"), py::arg("dtype"), py::arg("symmetric"), py::arg("scale"), py::arg("x"),
-      py::arg("x_s"), py::arg("y"), py::arg("y_s"), py::arg("temperature"), py::arg("positive"), py::arg("positive_s"),
-      py::arg("rows"), py::arg("columns"), py::arg("loss"), py::arg("bound"), py::arg("d_loss"), py::arg("d_x"),
-      py::arg("d_y"), py::arg("d_temperature"), py::arg("isa"), py::arg("threads"));
 #ifdef INFOCLIP_WITH_CUDA
   m.def(
       "upsample_bce_work_bytes",

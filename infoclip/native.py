@@ -21,7 +21,8 @@ __all__ = [
     "build_info",
     "cost_volume_backward",
     "cost_volume_forward",
-    "infonce",
+    "infonce_backward",
+    "infonce_forward",
     "upsample_bce",
     "why_not",
 ]
@@ -201,6 +202,90 @@ def cost_volume_backward(
         )
 
 
+def _infonce(
+    x: Tensor,
+    y: Tensor,
+    temperature: Tensor | None,
+    scale: float,
+    positive: Tensor | None,
+    symmetric: bool,
+    rows: Tensor,
+    columns: Tensor,
+    isa: str,
+    threads: int | None,
+) -> dict[str, Any]:
+    return {
+        "sizes": [x.shape[0], x.shape[1], y.shape[1], x.shape[2]],
+        "dtype": DTYPES[x.dtype],
+        "symmetric": symmetric,
+        "scale": scale,
+        "temperature": _address(temperature),
+        "x": x.data_ptr(),
+        "x_s": _strides(x),
+        "y": y.data_ptr(),
+        "y_s": _strides(y),
+        "positive": _address(positive),
+        "positive_s": [0, 0] if positive is None else _strides(positive),
+        "rows": rows.data_ptr(),
+        "columns": _address(columns if symmetric else None),
+        "isa": isa,
+        "threads": threads if threads is not None else torch.get_num_threads(),
+    }
+
+
+def infonce_forward(
+    x: Tensor,  # [B, N, D]
+    y: Tensor,  # [B, M, D]
+    temperature: Tensor | None,  # []
+    scale: float,
+    positive: Tensor | None,  # [B, N] int64
+    symmetric: bool,
+    loss: Tensor,  # [], written
+    bound: Tensor,  # [], written
+    rows: Tensor,  # [B, N] contiguous, written
+    columns: Tensor,  # [B, M] contiguous, written if symmetric
+    *,
+    isa: str = "auto",
+    threads: int | None = None,
+) -> None:
+    """Write InfoNCE's loss, bound and log-sum-exps; on the CPU. All but x and y are float32, float64 for float64.
+
+    ``isa``, ``threads`` and errors as :func:`cost_volume_forward`.
+    """
+    _load().infonce_forward(
+        **_infonce(x, y, temperature, scale, positive, symmetric, rows, columns, isa, threads),
+        loss=loss.data_ptr(),
+        bound=bound.data_ptr(),
+    )
+
+
+def infonce_backward(
+    d_loss: Tensor,  # []
+    x: Tensor,  # [B, N, D]
+    y: Tensor,  # [B, M, D]
+    temperature: Tensor | None,  # []
+    scale: float,
+    positive: Tensor | None,  # [B, N] int64
+    symmetric: bool,
+    rows: Tensor,  # [B, N]
+    columns: Tensor,  # [B, M]
+    d_x: Tensor | None,  # [B, N, D] contiguous, written
+    d_y: Tensor | None,  # [B, M, D] contiguous, written
+    d_temperature: Tensor | None,  # [], written
+    *,
+    isa: str = "auto",
+    threads: int | None = None,
+) -> None:
+    """Write the gradients of :func:`infonce_forward`; one that is None is not computed."""
+    _load().infonce_backward(
+        **_infonce(x, y, temperature, scale, positive, symmetric, rows, columns, isa, threads),
+        d_loss=d_loss.data_ptr(),
+        d_x=_address(d_x),
+        d_y=_address(d_y),
+        d_temperature=_address(d_temperature),
+    )
+
+
 def upsample_bce(
     logits: Tensor,  # [B, T, h, w]
     target: Tensor,  # [B, H, W] int64
@@ -242,51 +327,3 @@ def upsample_bce(
             stream=_stream(logits),
         )
     return strange
-
-
-def infonce(
-    x: Tensor,  # [B, N, D]
-    y: Tensor,  # [B, M, D]
-    temperature: Tensor | None,  # [] wide: float32, float64 for float64 samples
-    scale: float,
-    positive: Tensor | None,  # [B, N] int64
-    symmetric: bool,
-    rows: Tensor,  # [B, N] wide contiguous, written by the forward
-    columns: Tensor,  # [B, M] wide contiguous, or empty, written by the forward
-    *,
-    loss: Tensor | None = None,  # [] wide, written
-    bound: Tensor | None = None,  # [] wide, written
-    d_loss: Tensor | None = None,  # [] wide
-    d_x: Tensor | None = None,  # [B, N, D] contiguous, written
-    d_y: Tensor | None = None,  # [B, M, D] contiguous, written
-    d_temperature: Tensor | None = None,  # [] wide, written
-    isa: str = "auto",
-    threads: int | None = None,
-) -> None:
-    """The forward where ``d_loss`` is None, else the gradients that are not None; on the CPU.
-
-    ``isa``, ``threads`` and errors as :func:`cost_volume_forward`; ``ValueError`` too for a positive that is no row.
-    """
-    _load().infonce(
-        sizes=[*x.shape[:2], y.shape[1], x.shape[2]],
-        dtype=DTYPES[x.dtype],
-        symmetric=symmetric,
-        scale=scale,
-        x=x.data_ptr(),
-        x_s=_strides(x),
-        y=y.data_ptr(),
-        y_s=_strides(y),
-        temperature=_address(temperature),
-        positive=_address(positive),
-        positive_s=[0, 0] if positive is None else _strides(positive),
-        rows=rows.data_ptr(),
-        columns=columns.data_ptr(),
-        loss=_address(loss),
-        bound=_address(bound),
-        d_loss=_address(d_loss),
-        d_x=_address(d_x),
-        d_y=_address(d_y),
-        d_temperature=_address(d_temperature),
-        isa=isa,
-        threads=threads if threads is not None else torch.get_num_threads(),
-    )

@@ -1,283 +1,275 @@
-// The driver of the CPU form. Rows of x and rows of y are cut into the same number of bands; in a round every band of x
-// meets one band of y, another each round, so that whoever holds a pair of bands owns the sums of both: no atomics, one
-// order whatever the threads, and nothing larger than a pair of bands is ever there.
-#include <algorithm>
+// The driver of the CPU form. Rows and columns of S are split into groups; in round r group k of the shorter side meets
+// group k + r of the longer, so that no two work items of a round share a row or a column. Each row's and column's sums
+// grow in the order of the rounds, whatever the number of threads.
 #include <cmath>
 #include <limits>
 #include <vector>
 
-#include "common/check.hpp"
 #include "common/product.hpp"
 #include "infonce/infonce.hpp"
 
 namespace infoclip {
 namespace {
 
-constexpr int64_t kBand = 144;  // rows of a band at least: products outweigh what is done with them
-constexpr int64_t kMostBands = 16;
+constexpr int64_t kGroups = 32;     // of either side, at most: as many work items can run at once, for each image
+constexpr int64_t kTogether = 4096;  // rows of several small images that are worked on at once
 
 template <class C>
-const InfoNceBlocks<C>& blocks_of(Isa isa) {
+const InfoNceTiles<C>& infonce_tiles_of(Isa isa) {
 #ifdef INFOCLIP_X86
-  if (isa >= Isa::avx512) return avx512::infonce_blocks<C>();
-  if (isa == Isa::avx2) return avx2::infonce_blocks<C>();
+  if (isa >= Isa::avx512) return avx512::infonce_tiles<C>();
+  if (isa == Isa::avx2) return avx2::infonce_tiles<C>();
 #endif
   (void)isa;
-  return baseline::infonce_blocks<C>();
+  return baseline::infonce_tiles<C>();
 }
 
-int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
+// One side's samples, their blocks of `edge` rows and the groups of those.
+struct Side {
+  int64_t rows, blocks, groups, span;
+  const void* src;
+  const int64_t* s;
+  std::vector<int64_t> off;
+
+  Side(int64_t n, int64_t edge, const void* from, const int64_t* strides)
+      : rows(n), blocks(ceil_div(n, edge)), groups(0), span(ceil_div(blocks, kGroups)), src(from), s(strides), off(n) {
+    groups = ceil_div(blocks, span);
+    for (int64_t i = 0; i < n; ++i) off[i] = i * strides[1];
+  }
+};
+
+// n shared out to as few parts of at most `most` as can be, of nearly one size.
+int64_t evenly(int64_t n, int64_t most) { return ceil_div(n, ceil_div(n, most)); }
 
 template <class C>
-struct Bands {
+C scale_of(const InfoNce& p) {
+  if (!p.temperature) return C(p.scale);
+  const C t = *static_cast<const C*>(p.temperature);
+  return t > 0 ? C(1) / t : std::numeric_limits<C>::quiet_NaN();
+}
+
+template <class C>
+class Driver {
+ public:
+  Driver(const InfoNce& problem, Isa isa, int threads)
+      : p(problem), k(tiles_of<C>(isa, p.dtype)), f(infonce_tiles_of<C>(isa)),
+        together(evenly(p.B, std::max<int64_t>(kTogether / std::max(p.N, p.M), 1))),
+        edge(together * std::min(p.N, p.M) >= 8 * 192 ? 192 : 96),
+        x(p.N, edge, p.x, p.x_s), y(p.M, edge, p.y, p.y_s), scale(scale_of<C>(p)),
+        team(useful_threads(2.0 * p.B * p.N * p.M * p.D, threads)) {}
+
+  void forward() {
+    Buffer<char> x_rows(together * x.blocks * rows_bytes(k.mr)), y_rows(together * y.blocks * rows_bytes(k.nr));
+    Buffer<C> row_high(together * p.N), row_sum(together * p.N), chosen(p.B * p.N);
+    Buffer<C> column_high(together * p.M), column_sum(together * p.M);
+    C* rows = static_cast<C*>(p.rows);
+    C* columns = static_cast<C*>(p.columns);
+    std::fill(chosen.get(), chosen.get() + p.B * p.N, std::numeric_limits<C>::quiet_NaN());
+    double total = 0;
+    for (int64_t first = 0; first < p.B; first += together) {
+      const int64_t images = std::min(together, p.B - first);
+      pack(first, images, x, k.mr, x_rows.get(), y, k.nr, y_rows.get());
+      for (C* high : {row_high.get(), column_high.get()})
+        std::fill(high, high + together * (high == row_high.get() ? p.N : p.M), -std::numeric_limits<C>::infinity());
+      std::fill(row_sum.get(), row_sum.get() + together * p.N, C(0));
+      std::fill(column_sum.get(), column_sum.get() + together * p.M, C(0));
+      rounds(images, [&](int64_t b, int64_t i, int64_t j, int64_t, C* s, char*) {
+        const int64_t m = i * edge, n = j * edge;
+        const int height = count(x, i), width = count(y, j);
+        product(x_rows.get() + (b * x.blocks + i) * rows_bytes(k.mr), height,
+                y_rows.get() + (b * y.blocks + j) * rows_bytes(k.nr), width, s);
+        f.join(s, height, width, edge, scale, row_high.get() + b * p.N + m, row_sum.get() + b * p.N + m,
+               p.symmetric ? column_high.get() + b * p.M + n : nullptr, column_sum.get() + b * p.M + n);
+        for (int r = 0; r < height; ++r) {
+          const int64_t c = pair(first + b, m + r) - n;
+          if (c >= 0 && c < width) chosen.get()[(first + b) * p.N + m + r] = s[r * edge + c];
+        }
+      });
+      for (int64_t b = 0; b < images; ++b) {
+        const C* picked = chosen.get() + (first + b) * p.N;
+        for (int64_t i = 0; i < p.N; ++i) {
+          C lse = row_high.get()[b * p.N + i] + std::log(row_sum.get()[b * p.N + i]);
+          if (lse < picked[i]) lse = picked[i];  // by rounding: no loss is below 0
+          rows[(first + b) * p.N + i] = lse;
+          total += static_cast<double>(lse) - picked[i];
+        }
+        if (!p.symmetric) continue;
+        std::vector<int64_t> pairs(p.M, 0);
+        for (int64_t i = 0; i < p.N; ++i) {
+          const int64_t c = pair(first + b, i);
+          if (c >= 0 && c < p.M) {
+            ++pairs[c];
+            const C lse = column_high.get()[b * p.M + c] + std::log(column_sum.get()[b * p.M + c]);
+            total += lse < picked[i] ? 0.0 : static_cast<double>(lse) - picked[i];
+          }
+        }
+        for (int64_t c = 0; c < p.M; ++c)
+          columns[(first + b) * p.M + c] = pairs[c] ? column_high.get()[b * p.M + c] +
+                                                          std::log(column_sum.get()[b * p.M + c]) - std::log(C(pairs[c]))
+                                                    : std::numeric_limits<C>::infinity();
+      }
+    }
+    const double loss = total / (static_cast<double>(p.B) * p.N * (p.symmetric ? 2 : 1));
+    const double most = p.symmetric ? (std::log(double(p.M)) + std::log(double(p.N))) / 2 : std::log(double(p.M));
+    *static_cast<C*>(p.loss) = static_cast<C>(loss);
+    *static_cast<C*>(p.bound) = static_cast<C>(most - loss);
+  }
+
+  void backward() {
+    const int64_t entries = ceil_div(p.D, k.nr);  // panels of D entries
+    const int64_t block = entries * k.panel_bytes(k.nr, edge), wide = entries * k.nr;
+    Buffer<char> x_rows(together * x.blocks * rows_bytes(k.mr)), y_rows(together * y.blocks * rows_bytes(k.nr));
+    Buffer<char> x_entries(p.d_y ? together * x.blocks * block : 0), y_entries(p.d_x ? together * y.blocks * block : 0);
+    Buffer<C> d_x(p.d_x ? together * x.blocks * edge * wide : 0), d_y(p.d_y ? together * y.blocks * edge * wide : 0);
+    std::vector<double> parts(p.d_temperature ? together * x.groups * y.groups : 0);
+    const C* rows = static_cast<const C*>(p.rows);
+    const C* columns = static_cast<const C*>(p.columns);
+    const C directions = p.symmetric ? 2 : 1;
+    const double gain = static_cast<double>(*static_cast<const C*>(p.d_loss)) /
+                        (static_cast<double>(p.B) * p.N * (p.symmetric ? 2 : 1));
+    double weighed = 0;
+    for (int64_t first = 0; first < p.B; first += together) {
+      const int64_t images = std::min(together, p.B - first);
+      pack(first, images, x, k.mr, x_rows.get(), y, k.nr, y_rows.get());
+      if (p.d_y) pack_entries(first, images, x, x_entries.get(), block);
+      if (p.d_x) pack_entries(first, images, y, y_entries.get(), block);
+      if (p.d_x) std::fill(d_x.get(), d_x.get() + images * x.blocks * edge * wide, C(0));
+      if (p.d_y) std::fill(d_y.get(), d_y.get() + images * y.blocks * edge * wide, C(0));
+      std::fill(parts.begin(), parts.end(), 0.0);
+      rounds(images, [&](int64_t b, int64_t i, int64_t j, int64_t patch, C* s, char* panels) {
+        const int64_t m = i * edge, n = j * edge;
+        const int height = count(x, i), width = count(y, j);
+        product(x_rows.get() + (b * x.blocks + i) * rows_bytes(k.mr), height,
+                y_rows.get() + (b * y.blocks + j) * rows_bytes(k.nr), width, s);
+        int64_t at[192];
+        double chosen = 0;
+        for (int r = 0; r < height; ++r) {
+          at[r] = pair(first + b, m + r) - n;
+          if (at[r] >= 0 && at[r] < width) chosen += scale * s[r * edge + at[r]];
+        }
+        const double found = f.slopes(s, height, width, edge, scale, rows + (first + b) * p.N + m,
+                                      p.symmetric ? columns + (first + b) * p.M + n : nullptr, p.d_temperature);
+        for (int r = 0; r < height; ++r)
+          if (at[r] >= 0 && at[r] < width) s[r * edge + at[r]] -= directions;
+        if (p.d_temperature) parts[b * x.groups * y.groups + patch] += found - directions * chosen;
+        const int dtype = sizeof(C) == 8 ? kDouble : kFloat;
+        int64_t off[192];
+        for (int r = 0; r < height; ++r) off[r] = r * edge;
+        if (p.d_x) {
+          const int across = static_cast<int>(ceil_div(height, k.mr));
+          for (int a = 0; a < across; ++a)
+            k.pack_rows(s, dtype, off + a * k.mr, std::min(k.mr, height - a * k.mr), 1, width, k.mr, nullptr,
+                        panels + a * k.panel_bytes(k.mr, width));
+          k.tile(width, panels, across, y_entries.get() + (b * y.blocks + j) * block, static_cast<int>(entries),
+                 d_x.get() + (b * x.blocks + i) * edge * wide, wide);
+        }
+        if (p.d_y) {
+          const int across = static_cast<int>(ceil_div(width, k.mr));
+          for (int a = 0; a < across; ++a)
+            k.pack_columns(s + a * k.mr, dtype, off, height, 1, std::min(k.mr, width - a * k.mr), k.mr, nullptr,
+                           panels + a * k.panel_bytes(k.mr, height));
+          k.tile(height, panels, across, x_entries.get() + (b * x.blocks + i) * block, static_cast<int>(entries),
+                 d_y.get() + (b * y.blocks + j) * edge * wide, wide);
+        }
+      });
+      for (double part : parts) weighed += part;
+      store(first, images, x, d_x.get(), wide, p.d_x, gain);
+      store(first, images, y, d_y.get(), wide, p.d_y, gain);
+    }
+    if (p.d_temperature)
+      *static_cast<C*>(p.d_temperature) =
+          static_cast<C>(-weighed * gain / static_cast<double>(*static_cast<const C*>(p.temperature)));
+  }
+
+ private:
+  int count(const Side& side, int64_t block) const {
+    return static_cast<int>(std::min(edge, side.rows - block * edge));
+  }
+  int64_t rows_bytes(int width) const { return edge / width * k.panel_bytes(width, p.D); }
+  int64_t pair(int64_t b, int64_t i) const {
+    return p.positive ? p.positive[b * p.positive_s[0] + i * p.positive_s[1]] : i;
+  }
+  void product(const char* a, int height, const char* b, int width, C* s) const {
+    const int a_panels = static_cast<int>(ceil_div(height, k.mr)), b_panels = static_cast<int>(ceil_div(width, k.nr));
+    for (int i = 0; i < a_panels * k.mr; ++i) std::fill(s + i * edge, s + i * edge + b_panels * k.nr, C(0));
+    k.tile(p.D, a, a_panels, b, b_panels, s, edge);
+  }
+
+  // Panels of whole rows, block by block.
+  void pack(int64_t first, int64_t images, const Side& a, int a_width, char* a_to, const Side& b, int b_width,
+            char* b_to) {
+    team.run(images * (a.blocks + b.blocks), [&](int64_t item) {
+      const bool is_a = item < images * a.blocks;
+      if (!is_a) item -= images * a.blocks;
+      const Side& side = is_a ? a : b;
+      const int width = is_a ? a_width : b_width;
+      char* to = (is_a ? a_to : b_to) + item * rows_bytes(width);
+      const int64_t block = item % side.blocks;
+      const void* src = shifted(side.src, p.dtype, (first + item / side.blocks) * side.s[0]);
+      for (int r = 0; r < count(side, block); r += width)
+        k.pack_rows(src, p.dtype, side.off.data() + block * edge + r, std::min(width, count(side, block) - r),
+                    side.s[2], p.D, width, nullptr, to + r / width * k.panel_bytes(width, p.D));
+    });
+  }
+
+  // Panels of nr entries of D over a block's rows.
+  void pack_entries(int64_t first, int64_t images, const Side& side, char* to, int64_t block_bytes) {
+    team.run(images * side.blocks, [&](int64_t item) {
+      const int64_t block = item % side.blocks;
+      const int rows = count(side, block);
+      const int64_t start = (first + item / side.blocks) * side.s[0];
+      for (int64_t d = 0; d < p.D; d += k.nr)
+        k.pack_columns(shifted(side.src, p.dtype, start + d * side.s[2]), p.dtype, side.off.data() + block * edge, rows,
+                       side.s[2], static_cast<int>(std::min<int64_t>(k.nr, p.D - d)), k.nr, nullptr,
+                       to + item * block_bytes + d / k.nr * k.panel_bytes(k.nr, rows));
+    });
+  }
+
+  void store(int64_t first, int64_t images, const Side& side, const C* from, int64_t wide, void* to, double gain) {
+    if (!to) return;
+    team.run(images * side.blocks, [&](int64_t item) {
+      const int64_t b = item / side.blocks, block = item % side.blocks;
+      for (int r = 0; r < count(side, block); ++r)
+        k.store(from + (item * edge + r) * wide, p.D, static_cast<C>(gain * scale), nullptr, to,
+                ((first + b) * side.rows + block * edge + r) * p.D, p.dtype);
+    });
+  }
+
+  // item(image, row block, column block, patch, tile, panels) for every pair of blocks.
+  template <class Item>
+  void rounds(int64_t images, const Item& item) {
+    const int64_t longer = std::max(x.groups, y.groups), shorter = std::min(x.groups, y.groups);
+    for (int64_t r = 0; r < longer; ++r)
+      team.run(images * shorter, [&](int64_t task) {
+        thread_local Buffer<C> s(192 * 192);
+        thread_local Buffer<C> panels(192 * 192);
+        const int64_t b = task / shorter, near = task % shorter, far = (near + r) % longer;
+        const int64_t i = x.groups <= y.groups ? near : far, j = x.groups <= y.groups ? far : near;
+        for (int64_t n = j * y.span; n < std::min(y.blocks, (j + 1) * y.span); ++n)
+          for (int64_t m = i * x.span; m < std::min(x.blocks, (i + 1) * x.span); ++m)
+            item(b, m, n, i * y.groups + j, s.get(), reinterpret_cast<char*>(panels.get()));
+      });
+  }
+
+  const InfoNce& p;
   const Tiles<C>& k;
-  const InfoNceBlocks<C>& ops;
-  int64_t count, x_rows, y_rows;  // rows of a band, whole panels on both sides
-  int64_t x_panel, y_panel;       // bytes
-
-  Bands(const InfoNce& p, Isa isa)
-      : k(tiles_of<C>(isa, p.dtype)), ops(blocks_of<C>(isa)) {
-    const int64_t both = std::max(p.N, p.M);
-    count = std::min<int64_t>(kMostBands, std::max<int64_t>(1, both / kBand));
-    x_rows = round_up(ceil_div(p.N, count), k.mr);
-    y_rows = round_up(ceil_div(p.M, count), std::max(k.nr, 16));  // whole lanes of the blocks' loops
-    x_panel = k.panel_bytes(k.mr, p.D);
-    y_panel = k.panel_bytes(k.nr, p.D);
-  }
-  int64_t ld() const { return y_rows; }
+  const InfoNceTiles<C>& f;
+  const int64_t together, edge;
+  const Side x, y;
+  const C scale;
+  Team team;
 };
-
-template <class C>
-C factor_of(const InfoNce& p) {
-  if (!p.temperature) return static_cast<C>(p.scale);
-  const double temperature = static_cast<double>(*static_cast<const C*>(p.temperature));
-  return temperature > 0 ? static_cast<C>(p.scale / temperature) : std::numeric_limits<C>::quiet_NaN();
-}
-
-// The operands of one batch entry: x as left panels, y as right ones.
-template <class C>
-struct Operands {
-  Buffer<char> x, y;
-  std::vector<int64_t> x_off, y_off;
-
-  Operands(const InfoNce& p, const Bands<C>& z)
-      : x(ceil_div(p.N, z.k.mr) * z.x_panel), y(ceil_div(p.M, z.k.nr) * z.y_panel), x_off(p.N), y_off(p.M) {
-    for (int64_t i = 0; i < p.N; ++i) x_off[i] = i * p.x_s[1];
-    for (int64_t i = 0; i < p.M; ++i) y_off[i] = i * p.y_s[1];
-  }
-  void pack(const InfoNce& p, const Bands<C>& z, Team& team, int64_t b) {
-    const int64_t x_panels = ceil_div(p.N, z.k.mr), y_panels = ceil_div(p.M, z.k.nr);
-    team.run(x_panels + y_panels, [&](int64_t i) {
-      const bool is_x = i < x_panels;
-      if (!is_x) i -= x_panels;
-      const int width = is_x ? z.k.mr : z.k.nr;
-      const int rows = static_cast<int>(std::min<int64_t>(width, (is_x ? p.N : p.M) - i * width));
-      const void* src = is_x ? shifted(p.x, p.dtype, b * p.x_s[0]) : shifted(p.y, p.dtype, b * p.y_s[0]);
-      z.k.pack_rows(src, p.dtype, (is_x ? x_off : y_off).data() + i * width, rows, is_x ? p.x_s[2] : p.y_s[2], p.D,
-                    width, nullptr, is_x ? x.get() + i * z.x_panel : y.get() + i * z.y_panel);
-    });
-  }
-  // c [x_rows, y_rows] = the products of bands i and j.
-  void multiply_bands(const InfoNce& p, const Bands<C>& z, int64_t i, int64_t j, int64_t rows, int64_t columns,
-                      C* c) const {
-    std::fill(c, c + z.x_rows * z.y_rows, C(0));
-    const int64_t first_x = i * z.x_rows / z.k.mr, first_y = j * z.y_rows / z.k.nr;
-    const int64_t a_panels = ceil_div(rows, z.k.mr), b_panels = ceil_div(columns, z.k.nr);
-    for (int64_t m = 0; m < a_panels; m += kPanels)
-      for (int64_t n = 0; n < b_panels; n += kPanels)
-        z.k.tile(p.D, x.get() + (first_x + m) * z.x_panel, static_cast<int>(std::min<int64_t>(kPanels, a_panels - m)),
-                 y.get() + (first_y + n) * z.y_panel, static_cast<int>(std::min<int64_t>(kPanels, b_panels - n)),
-                 c + m * z.k.mr * z.ld() + n * z.k.nr, z.ld());
-  }
-};
-
-int64_t positive_of(const InfoNce& p, int64_t b, int64_t i) {
-  return p.positive ? p.positive[b * p.positive_s[0] + i * p.positive_s[1]] : i;
-}
-
-// Rounds of disjoint pairs of bands: `item(i, j, rows, columns)` with band i of x and band j of y.
-template <class C, class Item>
-void meet(const InfoNce& p, const Bands<C>& z, Team& team, const Item& item) {
-  for (int64_t round = 0; round < z.count; ++round)
-    team.run(z.count, [&](int64_t i) {
-      const int64_t j = (i + round) % z.count;
-      const int64_t rows = std::min(z.x_rows, p.N - i * z.x_rows), columns = std::min(z.y_rows, p.M - j * z.y_rows);
-      if (rows > 0 && columns > 0) item(i, j, rows, columns);
-    });
-}
-
-template <class C>
-void forward(const InfoNce& p, Isa isa, int threads) {
-  const Bands<C> z(p, isa);
-  const C s = factor_of<C>(p);
-  Operands<C> operands(p, z);
-  // Padded to whole lanes of a band.
-  const int64_t n_pad = z.count * z.x_rows, m_pad = z.count * z.y_rows;
-  Buffer<C> row_most(n_pad), row_sum(n_pad), column_most(m_pad), column_sum(m_pad), pair(p.N);
-  const C least = -std::numeric_limits<C>::infinity();
-  const int team_size = useful_threads(2.0 * p.N * p.M * p.D, threads);
-  Team team(team_size);
-  double total = 0;
-  for (int64_t b = 0; b < p.B; ++b) {
-    operands.pack(p, z, team, b);
-    std::fill(row_most.get(), row_most.get() + n_pad, least);
-    std::fill(row_sum.get(), row_sum.get() + n_pad, C(0));
-    std::fill(column_most.get(), column_most.get() + m_pad, least);
-    std::fill(column_sum.get(), column_sum.get() + m_pad, C(0));
-    meet(p, z, team, [&](int64_t i, int64_t j, int64_t rows, int64_t columns) {
-      Buffer<C> c(z.x_rows * z.y_rows);
-      operands.multiply_bands(p, z, i, j, rows, columns, c.get());
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t at = positive_of(p, b, i * z.x_rows + r) - j * z.y_rows;
-        if (at >= 0 && at < columns) pair.get()[i * z.x_rows + r] = c.get()[r * z.ld() + at] * s;
-      }
-      z.ops.take(c.get(), z.ld(), rows, columns, s, row_most.get() + i * z.x_rows, row_sum.get() + i * z.x_rows,
-                 p.symmetric ? column_most.get() + j * z.y_rows : nullptr, column_sum.get() + j * z.y_rows);
-    });
-    C* rows = static_cast<C*>(p.rows) + b * p.N;
-    for (int64_t i = 0; i < p.N; ++i) {
-      rows[i] = row_most.get()[i] + std::log(row_sum.get()[i]);
-      total += static_cast<double>(rows[i] - pair.get()[i]);
-    }
-    if (!p.symmetric) continue;
-    C* columns = static_cast<C*>(p.columns) + b * p.M;
-    for (int64_t j = 0; j < p.M; ++j) columns[j] = column_most.get()[j] + std::log(column_sum.get()[j]);
-    std::vector<int64_t> times(p.M, 0);
-    for (int64_t i = 0; i < p.N; ++i) {
-      const int64_t at = positive_of(p, b, i);
-      total += static_cast<double>(columns[at] - pair.get()[i]);
-      ++times[at];
-    }
-    for (int64_t j = 0; j < p.M; ++j) columns[j] -= std::log(static_cast<C>(times[j]));  // nobody's pair: +infinity
-  }
-  const double most = p.symmetric ? 0.5 * (std::log(double(p.M)) + std::log(double(p.N))) : std::log(double(p.M));
-  const C loss = static_cast<C>(total / (double(p.B) * p.N * (p.symmetric ? 2 : 1)));
-  *static_cast<C*>(p.loss) = loss;
-  *static_cast<C*>(p.bound) = static_cast<C>(most) - loss;
-}
-
-template <class C>
-void backward(const InfoNce& p, Isa isa, int threads) {
-  const Bands<C> z(p, isa);
-  const Tiles<C>& k = z.k;
-  const C s = factor_of<C>(p);
-  const C wr = p.symmetric ? C(0.5) : C(1), wc = p.symmetric ? C(0.5) : C(0), both = wr + wc;
-  Operands<C> operands(p, z);
-  // The bands once more as right operands of the second products: depth the band's rows, columns the entries.
-  const int64_t d_panels = ceil_div(p.D, k.nr), d_pad = d_panels * k.nr;
-  const int64_t x_right = k.panel_bytes(k.nr, z.x_rows), y_right = k.panel_bytes(k.nr, z.y_rows);
-  const int64_t n_pad = z.count * z.x_rows, m_pad = z.count * z.y_rows;
-  Buffer<char> x_columns(p.d_y ? z.count * d_panels * x_right : 0), y_columns(p.d_x ? z.count * d_panels * y_right : 0);
-  Buffer<C> d_x(p.d_x ? n_pad * d_pad : 0), d_y(p.d_y ? m_pad * d_pad : 0), columns_lse(m_pad);
-  std::vector<double> parts(z.count * z.count);
-  double temperature_total = 0;
-  const double d_loss = static_cast<double>(*static_cast<const C*>(p.d_loss));
-  const double mean = d_loss / (double(p.B) * p.N);
-  Team team(useful_threads(6.0 * p.N * p.M * p.D, threads));
-  for (int64_t b = 0; b < p.B; ++b) {
-    operands.pack(p, z, team, b);
-    const void* x = shifted(p.x, p.dtype, b * p.x_s[0]);
-    const void* y = shifted(p.y, p.dtype, b * p.y_s[0]);
-    const int64_t x_items = p.d_y ? z.count * d_panels : 0, y_items = p.d_x ? z.count * d_panels : 0;
-    team.run(x_items + y_items, [&](int64_t item) {
-      const bool is_x = item < x_items;
-      if (!is_x) item -= x_items;
-      const int64_t band = item / d_panels, panel = item % d_panels;
-      const int64_t step = is_x ? z.x_rows : z.y_rows, first = band * step;
-      const int64_t rows = std::min(step, (is_x ? p.N : p.M) - first);
-      if (rows <= 0) return;
-      const int count = static_cast<int>(std::min<int64_t>(k.nr, p.D - panel * k.nr));
-      const int64_t stride = is_x ? p.x_s[2] : p.y_s[2];
-      k.pack_columns(shifted(is_x ? x : y, p.dtype, panel * k.nr * stride), p.dtype,
-                     (is_x ? operands.x_off : operands.y_off).data() + first, rows, stride, count, k.nr, nullptr,
-                     (is_x ? x_columns : y_columns).get() + band * d_panels * (is_x ? x_right : y_right) +
-                         panel * k.panel_bytes(k.nr, rows));
-    });
-    if (p.d_x) std::fill(d_x.get(), d_x.get() + n_pad * d_pad, C(0));
-    if (p.d_y) std::fill(d_y.get(), d_y.get() + m_pad * d_pad, C(0));
-    std::fill(parts.begin(), parts.end(), 0.0);
-    const C* rows_lse = static_cast<const C*>(p.rows) + b * p.N;
-    if (p.symmetric) {
-      const C* lse = static_cast<const C*>(p.columns) + b * p.M;
-      std::fill(std::copy(lse, lse + p.M, columns_lse.get()), columns_lse.get() + m_pad, C(0));
-    }
-    meet(p, z, team, [&](int64_t i, int64_t j, int64_t rows, int64_t columns) {
-      Buffer<C> c(z.x_rows * z.y_rows);
-      operands.multiply_bands(p, z, i, j, rows, columns, c.get());
-      std::vector<C> pairs(rows, C(0));
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t at = positive_of(p, b, i * z.x_rows + r) - j * z.y_rows;
-        if (at >= 0 && at < columns) pairs[r] = c.get()[r * z.ld() + at] * s;
-      }
-      double part = z.ops.slopes(c.get(), z.ld(), rows, columns, s, rows_lse + i * z.x_rows,
-                                 p.symmetric ? columns_lse.get() + j * z.y_rows : nullptr, wr, wc);
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t at = positive_of(p, b, i * z.x_rows + r) - j * z.y_rows;
-        if (at < 0 || at >= columns) continue;
-        c.get()[r * z.ld() + at] -= both;
-        part -= static_cast<double>(both * pairs[r]);
-      }
-      parts[i * z.count + j] = part;
-      const int type = sizeof(C) == 8 ? kDouble : kFloat;
-      // d_x of band i += slopes times y of band j; d_y of band j += slopes^T times x of band i.
-      for (const bool is_x : {true, false}) {
-        if (!(is_x ? p.d_x : p.d_y)) continue;
-        const int64_t left = is_x ? rows : columns, depth = is_x ? columns : rows;
-        const int64_t panels = ceil_div(left, k.mr), left_panel = k.panel_bytes(k.mr, depth);
-        const int64_t right_panel = k.panel_bytes(k.nr, depth);
-        Buffer<char> slopes(panels * left_panel);
-        std::vector<int64_t> off(left);
-        for (int64_t r = 0; r < left; ++r) off[r] = is_x ? r * z.ld() : r;
-        for (int64_t m = 0; m < panels; ++m)
-          k.pack_rows(c.get(), type, off.data() + m * k.mr, static_cast<int>(std::min<int64_t>(k.mr, left - m * k.mr)),
-                      is_x ? 1 : z.ld(), depth, k.mr, nullptr, slopes.get() + m * left_panel);
-        const char* right = is_x ? y_columns.get() + j * d_panels * y_right : x_columns.get() + i * d_panels * x_right;
-        C* to = is_x ? d_x.get() + i * z.x_rows * d_pad : d_y.get() + j * z.y_rows * d_pad;
-        for (int64_t m = 0; m < panels; m += kPanels)
-          for (int64_t n = 0; n < d_panels; n += kPanels)
-            k.tile(depth, slopes.get() + m * left_panel, static_cast<int>(std::min<int64_t>(kPanels, panels - m)),
-                   right + n * right_panel, static_cast<int>(std::min<int64_t>(kPanels, d_panels - n)),
-                   to + m * k.mr * d_pad + n * k.nr, d_pad);
-      }
-    });
-    for (double part : parts) temperature_total += part;
-    const C factor = static_cast<C>(mean * static_cast<double>(s));
-    team.run((p.d_x ? ceil_div(p.N, 64) : 0) + (p.d_y ? ceil_div(p.M, 64) : 0), [&](int64_t item) {
-      const int64_t x_chunks = p.d_x ? ceil_div(p.N, 64) : 0;
-      const bool is_x = item < x_chunks;
-      if (!is_x) item -= x_chunks;
-      const int64_t rows = is_x ? p.N : p.M;
-      for (int64_t r = item * 64; r < std::min(rows, item * 64 + 64); ++r)
-        k.store((is_x ? d_x : d_y).get() + r * d_pad, p.D, factor, nullptr, is_x ? p.d_x : p.d_y, (b * rows + r) * p.D,
-                p.dtype);
-    });
-  }
-  if (p.d_temperature) {
-    const double temperature = p.temperature ? static_cast<double>(*static_cast<const C*>(p.temperature)) : 1.0;
-    *static_cast<C*>(p.d_temperature) = static_cast<C>(-mean * temperature_total / temperature);
-  }
-}
-
-void check(const InfoNce& p) {
-  for (int64_t b = 0; p.positive && b < p.B; ++b)
-    for (int64_t i = 0; i < p.N; ++i) {
-      const int64_t at = positive_of(p, b, i);
-      INFOCLIP_CHECK(at >= 0 && at < p.M, "a positive index names no row");
-    }
-}
 
 }  // namespace
 
 void infonce_forward_cpu(const InfoNce& p, Isa isa, int threads) {
-  check(p);
-  if (p.dtype == kDouble) forward<double>(p, isa, threads);
-  else forward<float>(p, isa, threads);
+  if (p.dtype == kDouble) Driver<double>(p, isa, threads).forward();
+  else Driver<float>(p, isa, threads).forward();
 }
 
 void infonce_backward_cpu(const InfoNce& p, Isa isa, int threads) {
-  check(p);
-  if (p.dtype == kDouble) backward<double>(p, isa, threads);
-  else backward<float>(p, isa, threads);
+  if (p.dtype == kDouble) Driver<double>(p, isa, threads).backward();
+  else Driver<float>(p, isa, threads).backward();
 }
 
 }  // namespace infoclip

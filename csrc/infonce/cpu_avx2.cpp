@@ -1,2 +1,2 @@
 #define ISA avx2
-#include "infonce/cpu_blocks.inl"
+#include "infonce/cpu_tiles.inl"

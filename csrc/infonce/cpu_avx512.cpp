@@ -1,2 +1,2 @@
 #define ISA avx512
-#include "infonce/cpu_blocks.inl"
+#include "infonce/cpu_tiles.inl"

@@ -1,2 +1,2 @@
 #define ISA baseline
-#include "infonce/cpu_blocks.inl"
+#include "infonce/cpu_tiles.inl"

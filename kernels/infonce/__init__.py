@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,9 @@ from .reference import infonce as reference
 
 __all__ = ["InfoNCE", "infonce"]
 
+CACHED, WIDE = 8 * 2**20, 384
+"""Bytes of logits, at most, and entries of a row, at least, for which the reference is faster on the CPU."""
+
 register(
     Op(
         name="infonce",
@@ -25,7 +29,8 @@ register(
         },
         auto={"cpu": ("native", "reference"), "cuda": ("reference",)},
         reason={
-            "cpu": "measured faster than the reference, forward and backward.",
+            "cpu": "measured faster, and without the logits; gradients of float32 rows of 384 entries or more, "
+            "whose logits fill at most 8 MiB, are the reference's (python -m bench infonce).",
             "cuda": "the kernels' speed on a GPU is not measured yet.",
         },
     )
@@ -62,7 +67,7 @@ def infonce(
 
     No backend but the reference makes anything of size N x M, in forward or backward. Any strides. Differentiable once
     (the reference: any number of times) in ``x``, ``y`` and a ``temperature`` tensor. float32, float16 and bfloat16
-    with fp32 sums and exponentials, float64 in ``reference``; two dtypes are promoted to
+    with fp32 sums and exponentials, float64 in ``reference`` and in ``native`` on the CPU; two dtypes are promoted to
     the wider. Under autocast inputs are taken as they are. Equal and zero rows are fine; a sample that is not finite
     gives a loss that is not finite (but see the README) and gradients that are not.
 
@@ -71,7 +76,7 @@ def infonce(
         temperature: above 0; a tensor of no axes gets a gradient where it requires one, and gives NaN where it is
             not above 0.
         positive: each row's pair; None: N = M, row i's is row i.
-        backend: ``reference``, ``triton`` or ``auto``; None asks ``INFOCLIP_BACKEND``, then ``auto``.
+        backend: ``reference``, ``triton``, ``native`` or ``auto``; None asks ``INFOCLIP_BACKEND``, then ``auto``.
 
     Raises:
         TypeError: samples that are no floating-point tensors, or indices that are no whole numbers.
@@ -109,7 +114,7 @@ def infonce(
     x, y = x.to(dtype).flatten(0, -3), y.to(dtype).flatten(0, -3)
     if positive is not None:
         positive = positive.flatten(0, -2)
-    chosen = choose("infonce", backend, x.device.type, dtype)
+    chosen = choose("infonce", _measured(x, y) if backend is None else backend, x.device.type, dtype)
     if chosen == "reference":
         return InfoNCE(*reference(x, y, temperature, positive, symmetric))
     if isinstance(temperature, Tensor):
@@ -117,6 +122,17 @@ def infonce(
     else:
         loss, bound, _, _ = op.infonce(x, y, None, 1.0 / temperature, positive, symmetric, chosen)
     return InfoNCE(loss, bound)
+
+
+def _measured(x: Tensor, y: Tensor) -> str | None:
+    """What is faster where nobody asks: the reference for gradients of wide rows whose logits fit into the cache.
+
+    Its backward takes two products where a form without the matrix takes three, and nothing but products counts there.
+    """
+    learns = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    fits = 4 * x.shape[0] * x.shape[1] * y.shape[1] <= CACHED and x.shape[2] >= WIDE
+    small = fits and learns and x.dtype == torch.float32 and x.device.type == "cpu"
+    return "reference" if small and os.environ.get("INFOCLIP_BACKEND", "auto").strip() in ("", "auto") else None
 
 
 def _checked_positive(positive: Tensor, x: Tensor, y: Tensor) -> Tensor:

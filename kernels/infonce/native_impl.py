@@ -11,9 +11,9 @@ __all__ = ["backward", "forward", "why_not"]
 
 
 def why_not(device: str, dtype: torch.dtype | None = None) -> str | None:
-    """Why the native kernels cannot run there, or None where they can."""
-    if torch.device(device).type == "cuda":
-        return "there is no CUDA C++ form of it; triton and the reference run there."
+    """Why the native form cannot run on the device and dtype, or None where it can."""
+    if device == "cuda":
+        return "infonce has no CUDA C++ form; triton is its form for CUDA."
     return native.why_not(device, dtype)
 
 
@@ -25,11 +25,11 @@ def forward(
     positive: Tensor | None,  # [B, N] int64
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = {"dtype": torch.float64 if x.dtype == torch.float64 else torch.float32}
-    loss, bound = x.new_empty((), **options), x.new_empty((), **options)
-    rows = x.new_empty(x.shape[:2], **options)
-    columns = x.new_empty(y.shape[:2] if symmetric else (0,), **options)
-    native.infonce(x, y, temperature, scale, positive, symmetric, rows, columns, loss=loss, bound=bound)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    loss, bound = x.new_empty((), dtype=wide), x.new_empty((), dtype=wide)
+    rows = x.new_empty(x.shape[:2], dtype=wide)
+    columns = x.new_empty(y.shape[:2] if symmetric else (0,), dtype=wide)
+    native.infonce_forward(x, y, temperature, scale, positive, symmetric, loss, bound, rows, columns)
     return loss, bound, rows, columns
 
 
@@ -47,11 +47,10 @@ def backward(
     need_y: bool,
     need_temperature: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    d_x = x.new_empty(x.shape) if need_x else None
-    d_y = y.new_empty(y.shape) if need_y else None
+    d_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
+    d_y = torch.empty_like(y, memory_format=torch.contiguous_format) if need_y else None
     d_temperature = rows.new_empty(()) if need_temperature else None
-    native.infonce(
-        x, y, temperature, scale, positive, symmetric, rows, columns,
-        d_loss=d_loss, d_x=d_x, d_y=d_y, d_temperature=d_temperature,
-    )  # fmt: skip
+    native.infonce_backward(
+        d_loss, x, y, temperature, scale, positive, symmetric, rows, columns, d_x, d_y, d_temperature
+    )
     return d_x, d_y, d_temperature
