@@ -101,9 +101,11 @@ def test_training_learns(tmp_path: Path) -> None:
         )
         Image.fromarray(mask).save(root / f"masks/{i}.png")
     (root / "classes.txt").write_text("red\nblue\n")
+    # CLIP a fifth as fast as the head: at the head's own rate some seeds never leave ln 2, and which ones is up to
+    # roundings. At this rate seeds 0 to 3 all end below 0.07.
     config = apply_overrides(
         tiny_config(root, steps=150, checkpoint_every=150),
-        ["color_jitter=false", "optim.lr=2e-3", "tune=full", "clip_lr_multiplier=1"],
+        ["color_jitter=false", "optim.lr=2e-3", "tune=full", "clip_lr_multiplier=0.2"],
     )
     train(config, tmp_path / "run", progress=False)
     losses = [line["loss"] for line in read_log(tmp_path / "run" / "log.jsonl")]
