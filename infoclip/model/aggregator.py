@@ -1,4 +1,4 @@
-"""Cost aggregation over space and classes (CAT-Seg, section 3.2): the plain form, which specifies the result.
+"""Cost aggregation over space and classes (CAT-Seg, section 3.2): the plain form, the specification, and a fast one.
 
 Parameter names are those of the published checkpoints below ``sem_seg_head.predictor.transformer.``.
 
@@ -29,6 +29,8 @@ DROPPED_LOGIT = -100.0
 class SpatialAggregation(nn.Module):
     """Two Swin blocks over each class's map, the second one shifted by half a window, guided by the image."""
 
+    fast = True
+
     def __init__(self, dim: int, guidance_dim: int, num_heads: int, window: int, resolution: tuple[int, int]) -> None:
         super().__init__()
         self.block_1 = SwinBlock(dim, guidance_dim, num_heads, window, 0, resolution)
@@ -43,7 +45,12 @@ class SpatialAggregation(nn.Module):
         b, c, t, h, w = x.shape
         y = x.permute(0, 2, 3, 4, 1).reshape(b * t, h, w, c)
         if guidance is not None and self.guidance_norm is not None:
-            guidance = self.guidance_norm(guidance.permute(0, 2, 3, 1)).repeat_interleave(t, dim=0)
+            guidance = self.guidance_norm(guidance.permute(0, 2, 3, 1))
+        if self.fast:
+            y = self.block_2.forward_fast(self.block_1.forward_fast(y, guidance), guidance)
+            return y.view(b, t, h, w, c).permute(0, 4, 1, 2, 3)
+        if guidance is not None:
+            guidance = guidance.repeat_interleave(t, dim=0)
         y = self.block_2(self.block_1(y, guidance), guidance)
         return y.view(b, t, h, w, c).permute(0, 4, 1, 2, 3)
 
@@ -53,6 +60,8 @@ class ClassAggregation(nn.Module):
 
     The padding takes part in the attention, so ``pad_len`` changes the result.
     """
+
+    fast = True
 
     def __init__(self, dim: int, guidance_dim: int, num_heads: int, attention_type: str, pad_len: int) -> None:
         super().__init__()
@@ -81,12 +90,15 @@ class ClassAggregation(nn.Module):
         if missing and self.padding_tokens is not None:
             y = torch.cat([y, self.padding_tokens.to(y.dtype).expand(b, ph * pw, missing, c)], dim=2)
         y = y.reshape(b * ph * pw, t + missing, c)
-        if guidance is not None:
-            if missing and self.padding_guidance is not None:
-                padding = self.padding_guidance.to(guidance.dtype).expand(b, missing, -1)
-                guidance = torch.cat([guidance, padding], dim=1)
-            guidance = guidance.repeat_interleave(ph * pw, dim=0)
-        y = y + self.attention(self.norm1(y), guidance)
+        if guidance is not None and missing and self.padding_guidance is not None:
+            padding = self.padding_guidance.to(guidance.dtype).expand(b, missing, -1)
+            guidance = torch.cat([guidance, padding], dim=1)
+        if self.fast:
+            y = y + self.attention.forward_fast(self.norm1(y), guidance)
+        else:
+            if guidance is not None:
+                guidance = guidance.repeat_interleave(ph * pw, dim=0)
+            y = y + self.attention(self.norm1(y), guidance)
         y = y[:, :t]  # what follows is separate for each class: the padding has done its part
         y = y + self.MLP(self.norm2(y))
         y = y.view(b, ph, pw, t, c).permute(0, 3, 4, 1, 2).reshape(b * t, c, ph, pw)
@@ -171,6 +183,23 @@ class Aggregator(nn.Module):
         self.decoder1 = UpBlock(dim, first, narrow[0])
         self.decoder2 = UpBlock(first, second, narrow[1])
         self.head = nn.Conv2d(second, 1, kernel_size=3, padding=1)
+        self.form = "fast"
+
+    def use_form(self, form: str) -> Aggregator:
+        """Choose how the result is computed: ``fast`` (default) or ``reference``, the plain form that specifies it.
+
+        Both read the same weights and give the same values and gradients to rounding.
+
+        Raises:
+            ValueError: another form.
+        """
+        if form not in ("fast", "reference"):
+            raise ValueError(f"the form is {form!r}; expected 'fast' or 'reference'")
+        self.form = form
+        for module in self.modules():
+            if isinstance(module, (SpatialAggregation, ClassAggregation)):
+                module.fast = form == "fast"
+        return self
 
     def forward(
         self,
@@ -258,7 +287,10 @@ class Aggregator(nn.Module):
         if self.decoder_guidance_projection is not None:
             projected = [p(g) for p, g in zip(self.decoder_guidance_projection, guidance, strict=True)]
         y = x.transpose(1, 2).reshape(b * t, c, h, w)
-        y = self.decoder2(self.decoder1(y, projected[0]), projected[1])
+        if self.form == "fast":
+            y = self.decoder2.forward_fast(self.decoder1.forward_fast(y, projected[0]), projected[1])
+        else:
+            y = self.decoder2(self.decoder1(y, projected[0]), projected[1])
         # The bias apart from the convolution: its gradient sums every logit of the batch, which the convolution's own
         # backward does term by term on the CPU and addition's backward pairwise, with far less rounding.
         assert self.head.bias is not None

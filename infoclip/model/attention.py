@@ -1,7 +1,8 @@
 """Attention of the cost aggregation: shifted windows over space, and classes at one pixel.
 
-Both see image or text guidance in queries and keys only (CAT-Seg, section 3.2). This is the plain form that specifies
-the result: guidance is repeated and concatenated, attention probabilities are materialised.
+Both see image or text guidance in queries and keys only (CAT-Seg, section 3.2). ``forward`` is the plain form that
+specifies the result: guidance is repeated and concatenated, attention probabilities are materialised; ``forward_fast``
+gives the same with less (:mod:`infoclip.model.fast`).
 
 Sizes: ``B`` images, ``T`` classes, ``H x W`` grid, ``C`` hidden channels, ``G`` guidance channels, ``h`` heads.
 """
@@ -13,6 +14,8 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from infoclip.model.fast import guided_linear, window_attention
 
 __all__ = ["ClassAttention", "SwinBlock", "WindowAttention", "window_and_shift", "window_mask"]
 
@@ -145,6 +148,34 @@ class SwinBlock(nn.Module):
         mask = window_mask(height, width, *window_and_shift(height, width, self.window, self.shift))
         return None if mask is None else mask.to(device)
 
+    def forward_fast(
+        self,
+        x: Tensor,  # [M, H, W, C], the classes of an image together
+        guidance: Tensor | None,  # [B, H, W, G]
+    ) -> Tensor:  # [M, H, W, C]
+        """The same, with the guidance's products once an image and without stored probabilities."""
+        m, height, width, dim = x.shape
+        window, shift = window_and_shift(height, width, self.window, self.shift)
+
+        def frame(y: Tensor) -> Tensor:
+            y = F.pad(y, (0, 0, 0, -width % window, 0, -height % window))
+            return y.roll((-shift, -shift), (1, 2)) if shift > 0 else y
+
+        y = frame(self.norm1(x))
+        tall, wide = y.shape[1:3]
+        b = m if guidance is None else guidance.shape[0]
+        g = None if guidance is None else frame(guidance).reshape(b, 1, tall * wide, -1)
+        y = y.reshape(b, m // b, tall * wide, dim)
+        shape = (m, tall // window, window, wide // window, window, dim)
+        q, k = (guided_linear(layer, y, g).view(shape) for layer in (self.attn.q, self.attn.k))
+        mask = self.mask_for(height, width, x.device)
+        y = window_attention(q, k, self.attn.v(y).view(shape), self.attn.num_heads, mask)
+        y = self.attn.proj(y).view(m, tall, wide, dim)
+        if shift > 0:
+            y = y.roll((shift, shift), (1, 2))
+        x = x + y[:, :height, :width]
+        return x + self.mlp(self.norm2(x))
+
     def forward(
         self,
         x: Tensor,  # [M, H, W, C]
@@ -187,6 +218,21 @@ class ClassAttention(nn.Module):
         self.q = nn.Linear(dim + guidance_dim, dim)
         self.k = nn.Linear(dim + guidance_dim, dim)
         self.v = nn.Linear(dim, dim)
+
+    def forward_fast(
+        self,
+        x: Tensor,  # [M, T, C], the pixels of an image together
+        guidance: Tensor | None,  # [B, T, G]
+    ) -> Tensor:  # [M, T, C]
+        """The same, with the guidance's products once an image."""
+        m, classes, dim = x.shape
+        b = m if guidance is None else guidance.shape[0]
+        g = None if guidance is None else guidance[:, None]
+        y = x.view(b, m // b, classes, dim)
+        q, k = (guided_linear(z, y, g).view(m, classes, self.num_heads, -1) for z in (self.q, self.k))
+        v = self.v(x).view(m, classes, self.num_heads, -1)
+        attend = linear_attention if self.attention_type == "linear" else full_attention
+        return attend(q, k, v).reshape(m, classes, dim)
 
     def forward(
         self,

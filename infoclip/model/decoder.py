@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from infoclip.model.fast import up_convolution
+
 __all__ = ["DoubleConv", "UpBlock"]
 
 
@@ -54,3 +56,16 @@ class UpBlock(nn.Module):
             classes = x.shape[0] // guidance.shape[0]
             x = torch.cat([x, guidance.repeat_interleave(classes, dim=0).to(x.dtype)], dim=1)
         return self.conv(x)
+
+    def forward_fast(
+        self,
+        x: Tensor,  # [B * T, in, H, W]
+        guidance: Tensor | None,  # [B, guidance, 2H, 2W]
+    ) -> Tensor:  # [B * T, out, 2H, 2W]
+        """The same, with the up-sampling folded into the next convolution and the guidance's share once an image."""
+        first, *rest = self.conv.double_conv
+        assert isinstance(first, nn.Conv2d)
+        x = up_convolution(self.up, first, x, guidance)
+        for layer in rest:
+            x = layer(x)
+        return x
