@@ -5,10 +5,12 @@
 
 #include <array>
 #include <optional>
+#include <vector>
 
 #include "common/check.hpp"
 #include "cost_volume/cost_volume.hpp"
 #include "infonce/infonce.hpp"
+#include "ms_deform_attn/ms_deform_attn.hpp"
 #include "upsample_bce/upsample_bce.hpp"
 
 namespace py = pybind11;
@@ -72,6 +74,48 @@ InfoNce infonce_problem(const std::array<int64_t, 4>& sizes, int dtype, bool sym
   p.rows = reinterpret_cast<void*>(rows);
   p.columns = reinterpret_cast<void*>(columns);
   return p;
+}
+
+MsDeformAttn deform_problem(const std::array<int64_t, 6>& sizes, const std::vector<int64_t>& shapes, int dtype,
+                            uintptr_t value, const Strides3& value_s, uintptr_t locations, uintptr_t weights,
+                            uintptr_t levels) {
+  for (int64_t size : sizes) INFOCLIP_CHECK(size > 0, "a size is not above 0");
+  INFOCLIP_CHECK(dtype >= kFloat && dtype <= kDouble, "unknown dtype");
+  INFOCLIP_CHECK(!shapes.empty() && shapes.size() % 2 == 0, "shapes are pairs of height and width");
+  MsDeformAttn p{};
+  p.B = sizes[0], p.S = sizes[1], p.M = sizes[2], p.D = sizes[3], p.Q = sizes[4], p.P = sizes[5];
+  p.L = static_cast<int64_t>(shapes.size() / 2);
+  int64_t pixels = 0;
+  for (int64_t l = 0; l < p.L; ++l) {
+    INFOCLIP_CHECK(shapes[2 * l] > 0 && shapes[2 * l + 1] > 0, "a level is empty");
+    pixels += shapes[2 * l] * shapes[2 * l + 1];
+  }
+  INFOCLIP_CHECK(pixels == p.S, "the levels do not add up to the value's pixels");
+  p.shapes = shapes.data(), p.dtype = dtype;
+  p.value = reinterpret_cast<const void*>(value);
+  std::copy(value_s.begin(), value_s.end(), p.value_s);
+  p.locations = reinterpret_cast<const void*>(locations);
+  p.weights = reinterpret_cast<const void*>(weights);
+  p.levels = reinterpret_cast<const int32_t*>(levels);
+  return p;
+}
+
+void deform_on_device(bool cuda, const MsDeformAttn& p, bool backward, const std::string& isa, int threads,
+                      uintptr_t stream) {
+  if (!cuda) {
+    const Isa chosen = parse_isa(isa);
+    py::gil_scoped_release release;
+    backward ? ms_deform_attn_backward_cpu(p, chosen, threads) : ms_deform_attn_forward_cpu(p, chosen, threads);
+    return;
+  }
+#ifdef INFOCLIP_WITH_CUDA
+  INFOCLIP_CHECK(p.dtype != kDouble, "the CUDA form has no float64");
+  py::gil_scoped_release release;
+  backward ? ms_deform_attn_backward_cuda(p, stream) : ms_deform_attn_forward_cuda(p, stream);
+#else
+  (void)stream;
+  throw std::runtime_error("infoclip._C was built without CUDA");
+#endif
 }
 
 py::dict build_info() {
@@ -225,6 +269,38 @@ PYBIND11_MODULE(_C, m) {
       py::kw_only(), py::arg("cuda"), py::arg("sizes"), py::arg("dtype"), py::arg("logits"), py::arg("logits_s"),
       py::arg("target"), py::arg("target_s"), py::arg("ignore_index"), py::arg("masked"), py::arg("loss"),
       py::arg("grad"), py::arg("work"), py::arg("isa"), py::arg("threads"), py::arg("stream"));
+  m.def(
+      "ms_deform_attn_forward",
+      [](bool cuda, const std::array<int64_t, 6>& sizes, const std::vector<int64_t>& shapes, int dtype, uintptr_t value,
+         const Strides3& value_s, uintptr_t locations, uintptr_t weights, uintptr_t levels, uintptr_t out,
+         const std::string& isa, int threads, uintptr_t stream) {
+        MsDeformAttn p = deform_problem(sizes, shapes, dtype, value, value_s, locations, weights, levels);
+        p.out = reinterpret_cast<void*>(out);
+        deform_on_device(cuda, p, false, isa, threads, stream);
+      },
+      py::kw_only(), py::arg("cuda"), py::arg("sizes"), py::arg("shapes"), py::arg("dtype"), py::arg("value"),
+      py::arg("value_s"), py::arg("locations"), py::arg("weights"), py::arg("levels"), py::arg("out"), py::arg("isa"),
+      py::arg("threads"), py::arg("stream"));
+  m.def(
+      "ms_deform_attn_backward",
+      [](bool cuda, const std::array<int64_t, 6>& sizes, const std::vector<int64_t>& shapes, int dtype, uintptr_t value,
+         const Strides3& value_s, uintptr_t locations, uintptr_t weights, uintptr_t levels, uintptr_t grad,
+         uintptr_t d_value, uintptr_t d_locations, uintptr_t d_weights, uintptr_t order, uintptr_t starts,
+         const std::string& isa, int threads, uintptr_t stream) {
+        INFOCLIP_CHECK(!d_locations == !d_weights, "locations and weights have their gradients together");
+        MsDeformAttn p = deform_problem(sizes, shapes, dtype, value, value_s, locations, weights, levels);
+        p.grad = reinterpret_cast<const void*>(grad);
+        p.d_value = reinterpret_cast<void*>(d_value);
+        p.d_locations = reinterpret_cast<void*>(d_locations);
+        p.d_weights = reinterpret_cast<void*>(d_weights);
+        p.order = reinterpret_cast<const int64_t*>(order);
+        p.starts = reinterpret_cast<const int64_t*>(starts);
+        deform_on_device(cuda, p, true, isa, threads, stream);
+      },
+      py::kw_only(), py::arg("cuda"), py::arg("sizes"), py::arg("shapes"), py::arg("dtype"), py::arg("value"),
+      py::arg("value_s"), py::arg("locations"), py::arg("weights"), py::arg("levels"), py::arg("grad"),
+      py::arg("d_value"), py::arg("d_locations"), py::arg("d_weights"), py::arg("order"), py::arg("starts"),
+      py::arg("isa"), py::arg("threads"), py::arg("stream"));
 #ifdef INFOCLIP_WITH_CUDA
   m.def(
       "upsample_bce_work_bytes",

@@ -23,6 +23,8 @@ __all__ = [
     "cost_volume_forward",
     "infonce_backward",
     "infonce_forward",
+    "ms_deform_attn_backward",
+    "ms_deform_attn_forward",
     "upsample_bce",
     "why_not",
 ]
@@ -327,3 +329,70 @@ def upsample_bce(
             stream=_stream(logits),
         )
     return strange
+
+
+def _deform_arguments(
+    value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, levels: Tensor | None
+) -> dict[str, Any]:
+    return {
+        "cuda": value.is_cuda,
+        "sizes": [*value.shape, locations.shape[1], locations.shape[4]],
+        "shapes": shapes,
+        "dtype": DTYPES[value.dtype],
+        "value": value.data_ptr(),
+        "value_s": _strides(value)[:3],
+        "locations": locations.data_ptr(),
+        "weights": weights.data_ptr(),
+        "levels": _address(levels),
+        "stream": _stream(value),
+    }
+
+
+def ms_deform_attn_forward(
+    value: Tensor,  # [B, S, M, D], channels side by side
+    shapes: list[int],  # height and width of each level
+    locations: Tensor,  # [B, Q, M, L, P, 2] contiguous float32 (float64 for float64)
+    weights: Tensor,  # [B, Q, M, L, P] contiguous, dtype as locations
+    out: Tensor,  # [B, Q, M, D] contiguous, dtype as value, written
+    levels: Tensor | None = None,  # [L, 4] int32, on a GPU
+    *,
+    isa: str = "auto",
+    threads: int | None = None,
+) -> None:
+    """Write the sums of samples. ``isa``, ``threads`` and errors as :func:`cost_volume_forward`."""
+    arguments = _deform_arguments(value, shapes, locations, weights, levels)
+    count = threads if threads is not None else torch.get_num_threads()
+    with torch.cuda.device_of(value):
+        _load().ms_deform_attn_forward(**arguments, out=out.data_ptr(), isa=isa, threads=count)
+
+
+def ms_deform_attn_backward(
+    grad: Tensor,  # [B, Q, M, D] contiguous, dtype as value
+    value: Tensor,  # [B, S, M, D], channels side by side
+    shapes: list[int],
+    locations: Tensor,  # [B, Q, M, L, P, 2] contiguous
+    weights: Tensor,  # [B, Q, M, L, P] contiguous
+    d_value: Tensor | None,  # [B, S, M, D] contiguous, dtype as value, written
+    d_locations: Tensor | None,  # as locations, written; None together with d_weights
+    d_weights: Tensor | None,  # as weights, written
+    levels: Tensor | None = None,  # [L, 4] int32, on a GPU
+    order: Tensor | None = None,  # samples by cell, on a GPU with d_value
+    starts: Tensor | None = None,  # first sample of each cell, on a GPU with d_value
+    *,
+    isa: str = "auto",
+    threads: int | None = None,
+) -> None:
+    """Write the gradients of :func:`ms_deform_attn_forward`; one that is None is not computed."""
+    arguments = _deform_arguments(value, shapes, locations, weights, levels)
+    with torch.cuda.device_of(value):
+        _load().ms_deform_attn_backward(
+            **arguments,
+            grad=grad.data_ptr(),
+            d_value=_address(d_value),
+            d_locations=_address(d_locations),
+            d_weights=_address(d_weights),
+            order=_address(order),
+            starts=_address(starts),
+            isa=isa,
+            threads=threads if threads is not None else torch.get_num_threads(),
+        )
