@@ -29,6 +29,7 @@ KINDS: dict[str, str] = {
     "renyi_infosam": "parity_objective:check_renyi_infosam",
     "rc": "parity_objective:check_rc",
     "metrics": "parity_metrics:check_metrics",
+    "msdeform": "parity_maftplus:check_msdeform",
 }
 """Check of each kind of case, as ``module:function`` (imported when a case of the kind is met)."""
 

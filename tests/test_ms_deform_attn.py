@@ -74,7 +74,7 @@ def assert_as_good(inputs, grad, backend):
     exact = run((value.double(), shapes, locations.double(), weights.double()), grad.double(), "reference")
     plain = run(inputs, grad, "reference")
     got = run(inputs, grad, backend)
-    B, Q, M, L, P, _ = locations.shape
+    Q, _, L, P, _ = locations.shape[1:]
     D, side = value.shape[-1], max(max(pair) for pair in shapes)
     precise = torch.promote_types(value.dtype, torch.float32)
     # Longest sums: samples of a query, all samples for one pixel, channels of a corner.
@@ -280,9 +280,9 @@ class TestNative:
         (value, shapes, locations, weights), _ = case((2, 2, 5, 4, 2, ((3, 4), (2, 1))), torch.float64)
         leaves = [x.requires_grad_() for x in (value, locations, weights)]
         for backend in ("reference", "native"):
-            torch.autograd.gradcheck(lambda v, l, w, b=backend: ms_deform_attn(v, shapes, l, w, backend=b), leaves)
+            torch.autograd.gradcheck(lambda v, x, w, b=backend: ms_deform_attn(v, shapes, x, w, backend=b), leaves)
 
-    @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+    @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
     def test_every_instruction_set_and_any_thread_count(self, isa, dtype, monkeypatch):
         if isa not in native.build_info()["isa_usable"]:
@@ -304,7 +304,7 @@ class TestNative:
         torch.use_deterministic_algorithms(False)
         for backend in ("native", None):
             compiled = torch.compile(
-                lambda v, l, w, b=backend: ms_deform_attn(v, shapes, l, w, backend=b) * 2.0,
+                lambda v, x, w, b=backend: ms_deform_attn(v, shapes, x, w, backend=b) * 2.0,
                 fullgraph=True,
                 backend="aot_eager",
             )

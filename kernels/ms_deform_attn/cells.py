@@ -35,7 +35,7 @@ def sort_samples(
         ``order`` [B Q M L P] int64, samples outside every map last, and ``starts`` [B M cells + 1] int64. The sort is
         stable, so that a cell's samples keep their order and a sum over them its bits.
     """
-    B, Q, M, L, P, _ = locations.shape
+    B, M = locations.shape[0], locations.shape[2]
     table = level_table(shapes, locations.device).long()
     h, w, first = (table[:, i, None] for i in (0, 1, 3))  # [L, 1]
     cells = sum((a + 1) * (b + 1) for a, b in zip(shapes[::2], shapes[1::2], strict=True))

@@ -71,12 +71,12 @@ if MISSING is None:
         o_row = (i_b * Q + o_q) * M + i_m
         p_value = value + i_b * s_b + i_m * s_m
         b_sum = tl.zeros([BQ, BD], dtype=tl.float32)
-        for l in range(0, L):
-            h = tl.load(levels + 4 * l)
-            w = tl.load(levels + 4 * l + 1)
-            p_map = p_value + tl.load(levels + 4 * l + 2).to(tl.int64) * s_s
+        for i_l in range(0, L):
+            h = tl.load(levels + 4 * i_l)
+            w = tl.load(levels + 4 * i_l + 1)
+            p_map = p_value + tl.load(levels + 4 * i_l + 2).to(tl.int64) * s_s
             for k in range(0, P):
-                o = (o_row * L + l) * P + k
+                o = (o_row * L + i_l) * P + k
                 px = tl.load(locations + 2 * o, mask=m_q, other=-2.0)
                 py = tl.load(locations + 2 * o + 1, mask=m_q, other=-2.0)
                 b_w = tl.load(weights + o, mask=m_q, other=0.0)
@@ -127,12 +127,12 @@ if MISSING is None:
         p_value = value + i_b * s_b + i_m * s_m
         p_grad = grad + o_row[:, None] * D + o_d[None, :]
         b_g = tl.load(p_grad, mask=m_q[:, None] & m_d[None, :], other=0.0).to(tl.float32)
-        for l in range(0, L):
-            h = tl.load(levels + 4 * l)
-            w = tl.load(levels + 4 * l + 1)
-            p_map = p_value + tl.load(levels + 4 * l + 2).to(tl.int64) * s_s
+        for i_l in range(0, L):
+            h = tl.load(levels + 4 * i_l)
+            w = tl.load(levels + 4 * i_l + 1)
+            p_map = p_value + tl.load(levels + 4 * i_l + 2).to(tl.int64) * s_s
             for k in range(0, P):
-                o = (o_row * L + l) * P + k
+                o = (o_row * L + i_l) * P + k
                 px = tl.load(locations + 2 * o, mask=m_q, other=-2.0)
                 py = tl.load(locations + 2 * o + 1, mask=m_q, other=-2.0)
                 b_w = tl.load(weights + o, mask=m_q, other=0.0)
@@ -175,8 +175,8 @@ if MISSING is None:
         i_s = (i_item // M) % S
         i_b = i_item // M // S
         level = 0
-        for l in range(1, L):
-            level = tl.where(i_s >= tl.load(levels + 4 * l + 2), l, level)
+        for i_l in range(1, L):
+            level = tl.where(i_s >= tl.load(levels + 4 * i_l + 2), i_l, level)
         w = tl.load(levels + 4 * level + 1)
         h = tl.load(levels + 4 * level)
         i_pixel = (i_s - tl.load(levels + 4 * level + 2)).to(tl.int32)
