@@ -13,7 +13,6 @@ from infoclip.kernels.ms_deform_attn import ms_deform_attn
 # pixels of all levels (strides 32, 16 and 8).
 CASES = {
     "scenes B4 96 px": (4, ((3, 3), (6, 6), (12, 12))),
-    "maftplus B1 640 x 640": (1, ((20, 20), (40, 40), (80, 80))),
     "maftplus B1 800 x 1333": (1, ((25, 42), (50, 84), (100, 168))),
 }
 HEADS, CHANNELS, POINTS = 8, 32, 4
