@@ -6,9 +6,13 @@ import torch
 from torch import Tensor
 
 from infoclip import native
+from infoclip.kernels.aot import NativeKernels
 from infoclip.native import why_not
 
-__all__ = ["backward", "forward", "why_not"]
+__all__ = ["AOT", "backward", "forward", "why_not"]
+
+AOT = NativeKernels()
+"""The CUDA C++ sums in fp32 on the ordinary units: no kernel here has matrix instructions."""
 
 
 def forward(

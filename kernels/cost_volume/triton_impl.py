@@ -9,14 +9,16 @@ Halves are multiplied as they are, with fp32 sums; fp32 as three TF32 products, 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from infoclip.kernels.aot import AotCall, meta
 from infoclip.kernels.triton_support import MISSING, interpreted, why_not
 
-__all__ = ["backward", "forward", "why_not"]
+__all__ = ["aot", "backward", "forward", "why_not"]
 
 EPS = 1e-12
 ROWS = {"BR": 16, "BD": 64}
@@ -490,3 +492,23 @@ def backward(
                 ONE=z.P == 1, WIDE=z.wide, CLAMPED=clamped, **ROWS,
             )  # fmt: skip
     return d_image if need_image else None, d_text if need_text else None
+
+
+def aot() -> list[AotCall]:
+    """Calls that between them launch both tiles, one prompt and several, and sizes that nothing divides."""
+
+    def both(b: int, n: int, t: int, p: int, d: int, dtype: torch.dtype) -> None:
+        image, text = meta(b, d, n, dtype=dtype).transpose(1, 2), meta(t, p, d, dtype=dtype)
+        forward(image, text, 1.0, volume=True, highest=True)
+        grad, _ = forward(image, text, 1.0)
+        assert grad is not None
+        backward(grad, image, text, 1.0, True, True)
+
+    calls = []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        # IEEE fp32 products have no matrix instruction.
+        matrix = () if dtype == torch.float32 else ("forward_kernel", "gradients_kernel")
+        for b, n, t, p, d in ((4, 576, 171, 1, 512), (4, 2304, 847, 4, 768), (3, 577, 171, 3, 511)):
+            name = f"{str(dtype).removeprefix('torch.')} B{b} N{n} T{t} P{p} d{d}"
+            calls.append(AotCall(name, partial(both, b, n, t, p, d, dtype), matrix))
+    return calls

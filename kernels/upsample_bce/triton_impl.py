@@ -7,12 +7,15 @@ summed by one program in one order: the same bits twice.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from infoclip.kernels.aot import AotCall, meta
 from infoclip.kernels.triton_support import MISSING, why_not
 
-__all__ = ["forward", "why_not"]
+__all__ = ["aot", "forward", "why_not"]
 
 ROWS = 8
 """Rows of the gradient a program owns; it computes the samples of one row of cells more."""
@@ -207,7 +210,7 @@ def forward(
     count_programs = triton.cdiv(pixels, PREPARED * rounds)
     labels = torch.empty(B, H, W, dtype=torch.int32, device=device)
     counts = torch.empty(count_programs, dtype=torch.int32, device=device)
-    width = min(triton.next_power_of_2(w), 128)
+    width = min(max(triton.next_power_of_2(w), 32), 128)  # a warp at least
     tiles_x = triton.cdiv(w, width)
     tiles = tiles_x * triton.cdiv(h, ROWS)
     losses = torch.empty(B * T, tiles, dtype=torch.float32, device=device)
@@ -227,3 +230,18 @@ def forward(
         # The labels are checked where they can be read without stalling a device.
         sum_kernel[(1,)](losses, loss, B * T * tiles, BLOCK=1024)
     return loss, grad
+
+
+def aot() -> list[AotCall]:
+    """Calls that between them launch every configuration: published sizes, each narrower tile, both ways to ignore."""
+    calls = []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        # Tiles are 128, 64 and 32 wide.
+        for b, t, h, w, H, W in ((4, 171, 96, 96, 384, 384), (2, 5, 9, 37, 35, 111), (1, 3, 7, 24, 13, 96)):
+            for masked in (False, True):
+                for need_grad in (True, False):
+                    name = f"{str(dtype).removeprefix('torch.')} {b}x{t}x{h}x{w} to {H}x{W}"
+                    name += (", masked" if masked else "") + ("" if need_grad else ", loss only")
+                    logits, target = meta(b, t, h, w, dtype=dtype), meta(b, H, W, dtype=torch.int64)
+                    calls.append(AotCall(name, partial(forward, logits, target, 255, masked, need_grad)))
+    return calls
