@@ -40,7 +40,7 @@ _SELF = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # what is kept 
 REGISTERS = 65536
 """Registers of a multiprocessor: one block must fit."""
 
-# What the assembler calls them: Ampere's and Hopper's warp-wide products, Hopper's warp-group, Blackwell's tensor memory.
+# Warp-wide products, Hopper's by warp groups, Blackwell's in tensor memory, as the assembler calls them.
 PTX_MATRIX = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|wmma\.mma|mma\.sync)\b")
 SASS_MATRIX = re.compile(r"\b(UTC[A-Z]*MMA|[HIDQO]GMMA|[HIDQO]MMA)\b")
 
@@ -157,7 +157,7 @@ class Launch:
 
 @contextmanager
 def caught_launches(target: int) -> Iterator[list[Launch]]:
-    """Inside, a Triton launch on any device is written down instead of made; every configuration of an autotuned one."""
+    """Inside, a Triton launch is written down instead of made; of an autotuned kernel every configuration."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver, jit
     from triton.runtime.autotuner import Autotuner
@@ -271,7 +271,7 @@ def triton_rows(op: str, calls: Sequence[AotCall], targets: Sequence[int] = TRIT
 
 
 def demangled(name: str) -> str:
-    """``void infoclip::(anonymous)::sweep<float, true>(...)`` as ``sweep<float, true>``; the name itself if it fails."""
+    """``void infoclip::(anonymous)::sweep<float, true>(...)`` as ``sweep<float, true>``; else the name itself."""
     try:
         library = ctypes.CDLL("libstdc++.so.6")
     except OSError:
@@ -351,7 +351,9 @@ def cuda_rows(
         rows = [row for part in pool.map(one, [(s, t) for s in sources for t in targets]) for row in part]
     for pattern in (*native.matrix, *native.dynamic_shared):
         if not any(re.search(pattern, row.kernel) for row in rows):
-            raise RuntimeError(f"{op}: no CUDA kernel is called {pattern!r}; there are {sorted({r.kernel for r in rows})}")
+            raise RuntimeError(
+                f"{op}: no CUDA kernel is called {pattern!r}; there is {sorted({r.kernel for r in rows})}"
+            )
     return rows
 
 
@@ -363,7 +365,7 @@ def collect(ops: Sequence[str], forms: Sequence[str] = ("triton", "cuda")) -> tu
     rows: list[Row] = []
     unseen: list[str] = []
     if tool("cuobjdump") is None:
-        unseen.append("SASS, registers and spills: cuobjdump was not found (it comes with the CUDA toolkit and Triton).")
+        unseen.append("SASS, registers and spills: cuobjdump was not found (CUDA toolkit, Triton).")
     for op in ops:
         room = importlib.import_module(f"infoclip.kernels.{op}")
         if "triton" in forms:
@@ -404,8 +406,8 @@ def table(rows: Sequence[Row]) -> str:
         verdict = "**" + "; ".join(r.failures) + "**" if r.failures else "ok"
         threads = "any" if r.threads is None else str(r.threads)
         lines.append(
-            f"| {r.op} | {r.form} | `{r.kernel}` | {r.case} | {r.arch} | {r.launches} | {threads} | {known(r.registers)} "
-            f"| {r.shared} | {known(r.local)} | {_instructions(r)} | {verdict} |"
+            f"| {r.op} | {r.form} | `{r.kernel}` | {r.case} | {r.arch} | {r.launches} | {threads} "
+            f"| {known(r.registers)} | {r.shared} | {known(r.local)} | {_instructions(r)} | {verdict} |"
         )
     return "\n".join(lines)
 
@@ -432,7 +434,7 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def show_summary(rows: Sequence[Row]) -> str:
     lines = [
-        "| op | form | for | kernels | registers, most | shared B, most | spilling | matrix kernels | instructions | failing |",
+        "| op | form | for | kernels | registers, most | shared B, most | spilling | matrix | instructions | failing |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in summary(rows):
