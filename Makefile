@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f 2>/dev/null)
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench aot gpu clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -39,6 +39,14 @@ lint: setup ## ruff (rules and format) and mypy
 
 bench: setup ## Benchmarks of every op against its reference (BENCH="cost_volume")
 	@$(BIN)/python -m bench $(or $(BENCH),all)
+
+aot: setup ## Every GPU kernel compiled without a GPU: registers, shared memory, spills, matrix instructions (AOT="infonce --all")
+	@$(BIN)/python -m bench aot $(AOT)
+
+gpu: setup ## What is pending on a GPU: correctness of every op on it, then all benchmarks into bench/results/all.gpu.json
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: torch sees no CUDA device; make aot needs none.")'
+	@$(BIN)/python -m pytest -m gpu
+	@$(BIN)/python -m bench all --json bench/results/all.gpu.json
 
 clean: ## Remove the build and what the tests leave; keeps .venv and runs
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks infoclip/_C*.so $(VENV)/.built

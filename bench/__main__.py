@@ -1,5 +1,7 @@
 """``python -m bench SUITE... [--json FILE]``: speed of each op against its reference, as ratios of medians in one run.
 
+``python -m bench aot [OP...]`` compiles every GPU kernel without a GPU (``bench/aot.py``).
+
 A suite is a file ``bench/suite_<name>.py`` of pytest-benchmark cases; ``all`` runs every one. A case checks its values
 against the reference before it is timed, so there is no figure for a wrong result.
 """
@@ -13,24 +15,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bench.harness import machine
+
 HERE = Path(__file__).resolve().parent
 
 
 def suites() -> list[str]:
     return sorted(path.stem.removeprefix("suite_") for path in HERE.glob("suite_*.py"))
-
-
-def machine() -> str:
-    """One line: what ran this, and which commit."""
-    from infoclip.engine.environment import collect_environment
-
-    found = collect_environment()
-    gpus = ", ".join(gpu["name"] for gpu in found["gpus"]) or "no GPU"
-    commit = str(found["git_commit"] or "no commit")
-    return (
-        f"{found['cpu']}, {found['cpu_count']} cores, {found['threads']} threads; {gpus}; "
-        f"torch {found['packages']['torch']}; commit {commit}; {found['started']}"
-    )
 
 
 def table(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -83,7 +74,16 @@ def show(line: str, results: list[dict[str, Any]], rows: list[dict[str, Any]]) -
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["aot"]:
+        from bench import aot
+
+        return aot.main(argv[1:])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=__doc__.splitlines()[0].replace("``", ""),
+        epilog="python -m bench aot --help: every GPU kernel compiled without a GPU.",
+    )
     parser.add_argument("suite", nargs="+", choices=[*suites(), "all"], help="what to time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
     parser.add_argument(

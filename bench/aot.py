@@ -6,7 +6,8 @@ it with. CUDA C++: every ``csrc/<op>/*.cu`` is compiled for the architectures th
 
 Printed are registers, shared memory, local memory (spills) and the matrix instructions found in PTX and SASS. A spill,
 shared memory above what a block of the generation can have, registers above it, or a kernel declared a matrix kernel
-without a matrix instruction makes the command fail. What could not be looked at, because a tool is missing, is said.
+without a matrix instruction makes the command fail, and so does a room that has Triton kernels and declares no launch.
+What could not be looked at, because a tool is missing, is said.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ CACHE = ROOT / "build" / "aot"
 TRITON_TARGETS = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Shared memory that a block may have, bytes (CUDA C++ programming guide, technical specifications)."""
+RESERVED = 1024
+"""Of the shared memory that cuobjdump tells, from sm_90 on: the system's own, which is not of the block's limit."""
 _SELF = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # what is kept was found by this very file
 REGISTERS = 65536
 """Registers of a multiprocessor: one block must fit."""
@@ -109,7 +112,7 @@ def _count(pattern: re.Pattern[str], text: str) -> dict[str, int]:
     return found
 
 
-def look_at(cubin: Path, disassemble: bool) -> dict[str, dict[str, Any]]:
+def look_at(cubin: Path, disassemble: bool, target: int) -> dict[str, dict[str, Any]]:
     """Mangled kernel name -> registers, static shared memory, local memory and matrix instructions of its SASS.
 
     Without ``disassemble`` (half a second a file; for PTX that has no matrix instruction) the last is empty.
@@ -123,7 +126,10 @@ def look_at(cubin: Path, disassemble: bool) -> dict[str, dict[str, Any]]:
         r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage
     ):
         found[name] = {
-            "registers": int(registers), "shared": int(shared), "local": int(stack) + int(local), "sass": {}
+            "registers": int(registers),
+            "shared": max(int(shared) - (RESERVED if target >= 90 else 0), 0),
+            "local": int(stack) + int(local),
+            "sass": {},
         }  # fmt: skip
     if not disassemble:
         return found
@@ -218,7 +224,7 @@ def compile_triton(launch: Launch, target: int) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        for seen in look_at(Path(file.name), bool(facts["ptx"])).values():
+        for seen in look_at(Path(file.name), bool(facts["ptx"]), target).values():
             facts |= seen | {"shared": max(facts["shared"], seen["shared"])}
     return facts
 
@@ -324,7 +330,7 @@ def cuda_rows(
             # Each entry's PTX, so that an instruction is counted for the kernel that has it.
             entries = re.split(r"^\.(?:visible |weak )?\.?entry ", ptx.read_text(), flags=re.M)[1:]
             counts = {re.match(r"\w+", e).group(): e for e in entries}  # type: ignore[union-attr]
-            seen = look_at(cubin, bool(PTX_MATRIX.search(ptx.read_text())))
+            seen = look_at(cubin, bool(PTX_MATRIX.search(ptx.read_text())), int(re.sub(r"\D", "", target)))
             return {
                 name: {
                     "registers": None, "local": None, "sass": None, "shared": 0, **seen.get(name, {}),
@@ -360,29 +366,63 @@ def cuda_rows(
 # The command ----------------------------------------------------------------------------------------------------------
 
 
-def collect(ops: Sequence[str], forms: Sequence[str] = ("triton", "cuda")) -> tuple[list[Row], list[str]]:
-    """Rows of the ops, and sentences about what was not looked at."""
+def room_of(op: str) -> Any:
+    """The op's package."""
+    return importlib.import_module(f"infoclip.kernels.{op}")
+
+
+def declared(op: str) -> tuple[list[AotCall], str | None]:
+    """The Triton launches that the op's room declares; where it declares none, a sentence that says so.
+
+    Raises ``RuntimeError`` for a room that has Triton kernels and declares no launch of them.
+    """
+    form = getattr(room_of(op), "triton_impl", None)
+    if form is None:
+        return [], f"{op}: no Triton form."
+    if hasattr(form, "aot"):
+        return form.aot(), None
+    from triton.runtime.jit import KernelInterface
+
+    kernels = sorted(name for name, value in vars(form).items() if isinstance(value, KernelInterface))
+    if kernels:
+        raise RuntimeError(
+            f"{op}: kernels/{op}/triton_impl.py has Triton kernels ({', '.join(kernels)}) and no aot() that declares "
+            "their launches; CONTRIBUTING.md, 'Adding an op', says how"
+        )
+    return [], f"{op}: its Triton form launches no kernel of its own."
+
+
+def collect(
+    ops: Sequence[str], forms: Sequence[str] = ("triton", "cuda"), quick: bool = False
+) -> tuple[list[Row], list[str], list[str]]:
+    """Rows of the ops, sentences about what was not looked at, and errors: what should have been and could not be."""
     rows: list[Row] = []
     unseen: list[str] = []
+    errors: list[str] = []
     if tool("cuobjdump") is None:
         unseen.append("SASS, registers and spills: cuobjdump was not found (CUDA toolkit, Triton).")
     for op in ops:
-        room = importlib.import_module(f"infoclip.kernels.{op}")
-        if "triton" in forms:
-            from infoclip.kernels.triton_support import MISSING
+        try:
+            if "triton" in forms:
+                from infoclip.kernels.triton_support import MISSING
 
-            if MISSING:
-                unseen.append(f"{op}, Triton kernels: {MISSING}")
-            else:
-                rows += triton_rows(op, room.triton_impl.aot())
-        sources = sorted((ROOT / "csrc" / op).glob("*.cu"))
-        if "cuda" in forms and sources:
-            if tool("nvcc") is None:
-                names = ", ".join(str(s.relative_to(ROOT)) for s in sources)
-                unseen.append(f"{op}, CUDA C++ ({names}): nvcc was not found.")
-            else:
-                rows += cuda_rows(op, room.native_impl.AOT, sources, cuda_targets())
-    return rows, unseen
+                if MISSING:
+                    unseen.append(f"{op}, Triton kernels: {MISSING}")
+                else:
+                    calls, nothing = declared(op)
+                    unseen += [nothing] if nothing else []
+                    rows += triton_rows(op, [call for call in calls if call.quick or not quick])
+            sources = sorted((ROOT / "csrc" / op).glob("*.cu"))
+            if "cuda" in forms and sources:
+                if tool("nvcc") is None:
+                    names = ", ".join(str(s.relative_to(ROOT)) for s in sources)
+                    unseen.append(f"{op}, CUDA C++ ({names}): nvcc was not found.")
+                else:
+                    native = getattr(room_of(op).native_impl, "AOT", NativeKernels())
+                    rows += cuda_rows(op, native, sources, cuda_targets())
+        except RuntimeError as error:  # the other ops are looked at all the same
+            errors.append(str(error))
+    return rows, unseen, errors
 
 
 def _instructions(row: Row) -> str:
@@ -455,26 +495,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--form", choices=["triton", "cuda"], help="only this form")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every row as JSON")
     parser.add_argument("--all", action="store_true", help="print a row for each kernel, not only the summary")
+    parser.add_argument("--quick", action="store_true", help="only the Triton launches that the test-suite compiles")
     options = parser.parse_args(argv)
     for op in options.op:
         if op not in kernels.ROOMS:
             parser.error(f"unknown op {op!r}: expected some of {', '.join(kernels.ROOMS)}")
-    try:
-        rows, unseen = collect(options.op or kernels.ROOMS, (options.form,) if options.form else ("triton", "cuda"))
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json {options.json}: there is no folder {options.json.parent}")
+    forms = (options.form,) if options.form else ("triton", "cuda")
+    rows, unseen, errors = collect(options.op or kernels.ROOMS, forms, options.quick)
     if options.all:
         print(table(rows) + "\n")
     print(show_summary(rows))
     for sentence in unseen:
         print(f"not looked at: {sentence}")
+    for sentence in errors:
+        print(f"error: {sentence}", file=sys.stderr)
     failing = [r for r in rows if r.failures]
     for r in failing:
         print(f"FAILED {r.op} {r.form} {r.kernel} ({r.case}) {r.arch}: {'; '.join(r.failures)}")
     if options.json:
         from bench.harness import machine
 
-        facts = {"machine": machine(), "not_looked_at": unseen, "summary": summary(rows)}
+        facts = {"machine": machine(), "not_looked_at": unseen, "errors": errors, "summary": summary(rows)}
         options.json.write_text(json.dumps({**facts, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
-    return 1 if failing else 0
+    return 1 if failing or errors else 0

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
@@ -36,25 +35,13 @@ def assert_passes_in_the_interpreter(file: str) -> None:
     assert "passed" in done.stdout
 
 
-def assert_compiles(
-    kernel: Any,
-    kinds: Mapping[str, str],
-    constants: Mapping[str, Any],
-    capability: int,
-    launch: Mapping[str, int] | None = None,
-) -> None:
-    """A Triton kernel to machine code for a GPU generation; an argument that ``kinds`` does not name is an int32.
+def assert_compiles(op: str, capability: int) -> None:
+    """The launches that a room declares as quick, to machine code for a GPU generation, and nothing wrong with it."""
+    pytest.importorskip("triton")
+    from bench import aot
 
-    ``launch`` are the numbers of warps and stages, Triton's own where None.
-    """
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
-    source = ASTSource(
-        fn=kernel, signature=signature, constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()}
-    )
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch or {}))
-    assert len(built.asm["cubin"]) > 1000
-    assert built.metadata.shared <= 48 * 1024  # fits every block without asking for more
+    calls, _ = aot.declared(op)
+    rows = aot.triton_rows(op, [call for call in calls if call.quick], [capability])
+    assert rows
+    failing = {f"{row.kernel} ({row.case})": row.failures for row in rows if row.failures}
+    assert not failing

@@ -578,20 +578,8 @@ def test_triton_in_the_interpreter():
 @pytest.mark.skipif(INTERPRETED, reason="compiled ahead of time")
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_triton_compiles_without_a_gpu(capability):
-    """Each kernel, float32 and bfloat16, to machine code for the GPU generations that are served."""
-    pytest.importorskip("triton")
-    forms = room.triton_impl
-    wide = {"image_inverse", "text_inverse", "highest", "unit_image", "unit_text"}
-    flags = {"ONE": True, "WIDE": False}
-    for dtype, tiles in (("*fp32", forms.SINGLE), ("*bf16", forms.HALF)):
-        narrow = dict.fromkeys(("image", "text", "out", "grad", "d_image", "d_text"), dtype)
-        kinds = narrow | dict.fromkeys(wide, "*fp32") | {"scale": "fp32"}
-        assert_compiles(forms.norms_kernel, kinds, {**flags, "EPS": 1e-12, **forms.ROWS}, capability)
-        assert_compiles(forms.project_kernel, kinds, {**flags, "CLAMPED": 1e12, **forms.ROWS}, capability)
-        blocks = {key: tiles[0][key] for key in ("BM", "BN", "BK")} | {"WIDEN": False}
-        sweep = {**flags, **blocks, "VOLUME": True, "HIGHEST": True}
-        assert_compiles(forms.forward_kernel, kinds, sweep, capability)
-        assert_compiles(forms.gradients_kernel, kinds, {**flags, **blocks, "IMAGE": True, "TEXT": True}, capability)
+    """Spills, shared memory and matrix instructions for the GPU generations that are served."""
+    assert_compiles("cost_volume", capability)
 
 
 @pytest.mark.gpu

@@ -24,12 +24,14 @@ class AotCall:
 
     ``name`` tells the configuration apart (sizes, dtype). ``call`` takes no argument and works on tensors of
     :func:`meta`; it is made once for each GPU generation. ``matrix`` names the kernels that must use matrix
-    instructions in this call: a float32 product with IEEE products has none, the same kernel on halves has.
+    instructions in this call (float32 has them where it is multiplied as TF32, and none with IEEE products). ``quick``
+    calls are those that the test-suite compiles too: few, and between them every kernel in float32 and in a half.
     """
 
     name: str
     call: Callable[[], Any]
     matrix: tuple[str, ...] = ()
+    quick: bool = False
 
 
 @dataclass(frozen=True)

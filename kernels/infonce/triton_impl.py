@@ -10,14 +10,16 @@ Each result is summed by one program in one order: the same bits twice.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from infoclip.kernels.aot import AotCall, meta
 from infoclip.kernels.triton_support import MISSING, interpreted, why_not
 
-__all__ = ["backward", "config", "forward", "why_not"]
+__all__ = ["aot", "backward", "config", "forward", "why_not"]
 
 GROUPS = 32
 """Patches along an axis, at most: each row keeps two numbers for each."""
@@ -543,3 +545,32 @@ def backward(
                 parts, d_temperature, rows, d_loss, temperature, parts.numel(), inverse, 0.0, BACKWARD=True, BLOCK=1024
             )
     return d_x, d_y, d_temperature
+
+
+def aot() -> list[AotCall]:
+    """Calls that between them launch each width of a block, both kinds of pairs, one direction and two."""
+
+    def both(b: int, n: int, m: int, d: int, learns: bool, paired: bool, symmetric: bool, dtype: torch.dtype) -> None:
+        # As the objective passes maps: [B, D, N] seen as [B, N, D]; with indices as CLIP passes rows.
+        x, y = (meta(b, k, d, dtype=dtype) if paired else meta(b, d, k, dtype=dtype).transpose(1, 2) for k in (n, m))
+        temperature = meta() if learns else None
+        positive = meta(b, n, dtype=torch.int64) if paired else None
+        loss, _, rows, columns = forward(x, y, temperature, 10.0, positive, symmetric)
+        backward(loss, x, y, temperature, 10.0, positive, symmetric, rows, columns, True, True, learns)
+
+    calls = []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for b, n, m, d, learns, paired, symmetric in (
+            (4, 576, 576, 171, False, False, True),
+            (4, 2304, 2304, 512, False, False, True),
+            (1, 1024, 4096, 512, True, True, False),
+            (3, 277, 285, 67, True, True, True),
+            (2, 130, 130, 31, True, False, True),
+        ):
+            name = f"{str(dtype).removeprefix('torch.')} B{b} N{n} M{m} D{d}"
+            name += (", learnt temperature" if learns else "") + (", pairs by index" if paired else "")
+            name += "" if symmetric else ", one direction"
+            call = partial(both, b, n, m, d, learns, paired, symmetric, dtype)
+            quick = (dtype, d) in ((torch.float32, 67), (torch.bfloat16, 512)) and symmetric
+            calls.append(AotCall(name, call, ("sweep_kernel", "backward_kernel"), quick))
+    return calls
