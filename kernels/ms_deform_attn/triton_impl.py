@@ -7,14 +7,17 @@ order: the same bits twice.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from infoclip.kernels.aot import AotCall, meta
 from infoclip.kernels.triton_support import MISSING, why_not
 
 from .cells import level_table, sort_samples
 
-__all__ = ["backward", "forward", "why_not"]
+__all__ = ["aot", "backward", "forward", "why_not"]
 
 QUERIES = 16
 """Queries a program of the forward, and of the gradient of locations and weights, owns."""
@@ -252,9 +255,33 @@ def backward(
             pixels_kernel[(B * S * M,)](
                 grad, locations, weights, levels, order, starts, d_value,
                 S, Q, M, D, L, P, (starts.numel() - 1) // (B * M), BN=SAMPLES, BD=wide,
+                num_warps=1,  # of a small tile; with 4, the divisions spill on sm_100
             )  # fmt: skip
     return d_value, d_locations, d_weights
 
 
 def _rows(value: Tensor) -> Tensor:
     return value if value.stride(-1) == 1 or value.shape[-1] == 1 else value.contiguous()
+
+
+def aot() -> list[AotCall]:
+    """Calls that launch every kernel at the published size, and with a head size that nothing divides."""
+
+    def both(b: int, q: int, heads: int, d: int, points: int, shapes: list[int], dtype: torch.dtype) -> None:
+        pixels = sum(h * w for h, w in zip(shapes[::2], shapes[1::2], strict=True))
+        levels = len(shapes) // 2
+        value = meta(b, pixels, heads, d, dtype=dtype)
+        locations, weights = meta(b, q, heads, levels, points, 2), meta(b, q, heads, levels, points)
+        out = forward(value, shapes, locations, weights)
+        backward(out, value, shapes, locations, weights, True, True)
+
+    calls = []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for b, q, heads, d, points, shapes in (
+            (2, 5376, 8, 32, 4, [64, 64, 32, 32, 16, 16]),
+            (1, 77, 3, 19, 5, [9, 7, 5, 3]),
+        ):
+            name = f"{str(dtype).removeprefix('torch.')} B{b} Q{q} M{heads} D{d} P{points}"
+            call = partial(both, b, q, heads, d, points, shapes, dtype)
+            calls.append(AotCall(name, call, quick=(dtype, d) in ((torch.float32, 19), (torch.bfloat16, 32))))
+    return calls
