@@ -3,7 +3,7 @@
 ``python -m bench aot [OP...]`` compiles every GPU kernel without a GPU (``bench/aot.py``).
 
 A suite is a file ``bench/suite_<name>.py`` of pytest-benchmark cases; ``all`` runs every one. A case checks its values
-against the reference before it is timed, so there is no figure for a wrong result.
+against the reference before it is timed, and the op's tests must pass, so there is no figure for a wrong result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.harness import machine
+from bench.harness import green, machine
 
 HERE = Path(__file__).resolve().parent
 
@@ -99,6 +99,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--cpu-time adds up all threads: set OMP_NUM_THREADS=1")
 
     names = suites() if "all" in arguments.suite else arguments.suite
+    red = [name for name in names if not green(name)]
+    if red:
+        print(f"error: the tests of {', '.join(red)} fail, so there is no table.", file=sys.stderr)
+        return 1
     line = machine() + ("; CPU time" if arguments.cpu_time else "")
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"

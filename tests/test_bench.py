@@ -1,4 +1,4 @@
-"""The proof without a GPU: each way in which a kernel can fail it is planted and found."""
+"""The proof without a GPU, each fault planted and found; and no table while an op's tests are red."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from bench import __main__ as command  # noqa: E402
-from bench import aot  # noqa: E402
+from bench import aot, harness  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiled ahead of time")
 
@@ -163,3 +163,27 @@ def test_every_room_declares_its_launches():
         assert len({call.name for call in calls}) == len(calls)
     assert (Path(aot.ROOT) / "CMakeLists.txt").is_file()
     assert aot.cuda_targets()
+
+
+def test_no_table_while_tests_are_red(tmp_path, monkeypatch, capsys):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "kernels" / "some_op").mkdir(parents=True)
+    tests = tmp_path / "tests" / "test_some_op.py"
+    tests.write_text("def test_it():\n    assert 1 + 1 == 3\n")
+    assert not harness.green("some_op", tmp_path)
+    assert "1 failed" in capsys.readouterr().err
+    assert not harness.green("some_op", tmp_path)  # red is not remembered
+    tests.write_text("def test_it():\n    assert 1 + 1 == 2\n")
+    assert harness.green("some_op", tmp_path)
+    capsys.readouterr()
+    assert harness.green("some_op", tmp_path)
+    assert "running its tests" not in capsys.readouterr().err  # green is
+    (tmp_path / "kernels" / "some_op" / "op.py").write_text("x = 1\n")
+    assert harness.green("some_op", tmp_path)
+    assert "running its tests" in capsys.readouterr().err  # until something changes
+
+    monkeypatch.setattr(command, "green", lambda op: False)
+    assert command.main(["upsample_bce"]) == 1
+    told = capsys.readouterr()
+    assert "the tests of upsample_bce fail, so there is no table" in told.err
+    assert "|" not in told.out
