@@ -72,7 +72,7 @@ class CMakeBuild(build_ext):
 setup(
     packages=find_packages(include=["infoclip", "infoclip.*"]) + list(rooms()),
     package_dir=rooms(),
-    package_data={"infoclip": ["py.typed", "assets/**/*", "data/classes/*.json"]},
+    package_data={"infoclip": ["py.typed", "assets/**/*", "data/classes/*.json", "data/classes/*.txt"]},
     include_package_data=False,
     ext_modules=[Extension("infoclip._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

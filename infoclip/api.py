@@ -199,7 +199,7 @@ def as_pixels(image: ImageLike) -> Tensor:  # -> [3, H, W] uint8, RGB
         TypeError, ValueError: another type, dtype or shape.
     """
     if isinstance(image, (str, os.PathLike)):
-        from infoclip.data.folders import read_image
+        from infoclip.data.files import read_image
 
         return read_image(Path(image))
     if isinstance(image, Tensor):

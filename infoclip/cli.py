@@ -1,4 +1,4 @@
-"""The command line: ``infoclip info | recipes | pretrain | train | evaluate | predict | demo``.
+"""The command line: ``infoclip info | recipes | data | pretrain | train | evaluate | predict | demo``.
 
 Everything heavy is imported inside the command that needs it, so that ``--help`` answers at once.
 """
@@ -16,15 +16,9 @@ from typing import Annotated, Any
 import typer
 
 from infoclip import __version__
-from infoclip.errors import ConfigError, InfoclipError, InfoclipWarning
+from infoclip.errors import ConfigError, DataError, InfoclipError, InfoclipWarning
 
 __all__ = ["app", "main"]
-
-_BENCHMARKS = {
-    "ade20k_150": ("ADEChallengeData2016/images/validation", "ADEChallengeData2016/annotations/validation"),
-    "coco_stuff_171": ("coco-stuff/images/val2017", "coco-stuff/annotations/val2017"),
-}
-"""Image and mask folders of benchmarks whose annotations can be read as they are published."""
 
 app = typer.Typer(
     name="infoclip",
@@ -36,6 +30,8 @@ app = typer.Typer(
 )
 pretrain_app = typer.Typer(no_args_is_help=True, help="Train a CLIP from scratch.")
 app.add_typer(pretrain_app, name="pretrain")
+data_app = typer.Typer(no_args_is_help=True, help="What is on the disk of the papers' data sets, or of your own.")
+app.add_typer(data_app, name="data")
 
 
 def main() -> None:
@@ -135,6 +131,92 @@ def pretrain_scenes(
     print(f"The CLIP is in {result.out}")
 
 
+@data_app.command("list")
+@_guarded
+def data_list() -> None:
+    """The data sets by name, with the folders in which they are looked for."""
+    from infoclip.data.benchmarks import BENCHMARKS
+
+    for b in BENCHMARKS.values():
+        print(f"{b.name:<11} {b.title:<20} {b.count:>7,} images  {b.folder}/{{{b.images}, {b.masks} or {b.converted}}}")
+
+
+@data_app.command("check")
+@_guarded
+def data_check(
+    name: Annotated[str, typer.Argument(help="A data set's name; leave it out for your own folders.")] = "",
+    root: Annotated[Path, typer.Option(help="Folder below which the data are.")] = Path(),
+    images: Annotated[str, typer.Option(help="Your own data: folder of images, below the root.")] = "images",
+    masks: Annotated[str, typer.Option(help="Your own data: folder of masks, below the root.")] = "masks",
+    classes: Annotated[str, typer.Option(help="Your own data: class list, a file or a shipped name.")] = "",
+    label_map: Annotated[str, typer.Option(help="Annotation value -> class: a shipped name or a JSON file.")] = "",
+    ignore_index: Annotated[int, typer.Option(help="Your own data: mask value without a label.")] = 255,
+    out: Annotated[Path | None, typer.Option(help="Summary picture (default: data-check-NAME.png).")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that read.")] = 4,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Say what is there and what is missing, and read every pair: decodes, same size, labels in range."""
+    from infoclip.data.check import check_dataset, draw_report
+    from infoclip.data.classes import load_classes, load_label_map
+    from infoclip.data.folders import FolderDataset, PairDataset
+
+    sets: list[tuple[str, PairDataset]] = []
+    lacking: list[str] = []
+    if name:
+        from infoclip.data.benchmarks import find_forms, get_benchmark, open_form
+
+        benchmark = get_benchmark(name)
+        for form in find_forms(name, root):
+            whole = "whole" if len(form.pairs) == benchmark.count else f"of {benchmark.count:,}"
+            print(f"{benchmark.title}, {form.kind}: {len(form.pairs):,} pairs ({whole}) in {form.masks}")
+            for line in form.missing:
+                print(f"  missing: {line}")
+            if form.found:
+                sets.append((f"{benchmark.title} ({form.kind})", open_form(benchmark, form, progress=not quiet)))
+                lacking += form.missing
+        if not sets:
+            print("\n".join(("to be had from", *(f"  {line}" for line in benchmark.get))))
+            raise DataError(f"{benchmark.title} is not below {root}.")
+    else:
+        names = load_classes(classes or root / "classes.json")
+        mapping = load_label_map(label_map) if label_map else None
+        ignored = ignore_index if mapping is None else max(ignore_index, len(names))
+        sets.append((root.name or "data", FolderDataset(root / images, root / masks, names, ignored, mapping)))
+    faults = 0
+    for title, dataset in sets:
+        report = check_dataset(dataset, title, workers=workers, progress=not quiet)
+        picture = out or Path(f"data-check-{name or 'data'}.png")
+        if len(sets) > 1:
+            picture = picture.with_stem(f"{picture.stem}-{title.rpartition('(')[2].rstrip(')')}")
+        draw_report(report, dataset, picture)
+        speed = report.images / report.seconds if report.seconds else 0.0
+        print(f"{title}: {report.images:,} pairs can be used, {len(report.faults):,} cannot ({speed:.0f} pairs/s)")
+        for fault in report.faults[:20]:
+            print(f"  {fault}")
+        if len(report.faults) > 20:
+            print(f"  and {len(report.faults) - 20:,} more")
+        absent = f"; without a pixel: {', '.join(report.absent[:8])}" if report.absent else ""
+        print(f"  {len(report.classes) - len(report.absent)} of {len(report.classes)} classes occur{absent}")
+        print(f"  {picture}")
+        faults += len(report.faults)
+    if faults or lacking:
+        raise DataError(f"{faults:,} pairs cannot be used and {len(lacking)} parts are missing; see above.")
+
+
+@data_app.command("convert")
+@_guarded
+def data_convert(
+    name: Annotated[str, typer.Argument(help="A data set's name.")],
+    root: Annotated[Path, typer.Option(help="Folder below which the data are.")] = Path(),
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Write annotations_detectron2 beside the original download; goes on where it was stopped."""
+    from infoclip.data.benchmarks import convert_benchmark
+
+    folder, made, kept = convert_benchmark(name, root, progress=not quiet)
+    print(f"{made:,} masks written, {kept:,} were there: {folder}")
+
+
 @app.command()
 @_guarded
 def train(
@@ -170,7 +252,7 @@ def evaluate(
     ] = None,
     root: Annotated[Path, typer.Option(help="Folder below which the data are.")] = Path(),
     data: Annotated[
-        str, typer.Option(help="A benchmark in its published folders below the root: ade20k_150, coco_stuff_171.")
+        str, typer.Option(help="A data set in its published folders below the root: a150 ('infoclip data list').")
     ] = "",
     images: Annotated[str, typer.Option(help="Folder of images, below the root.")] = "images",
     masks: Annotated[str, typer.Option(help="Folder of masks, below the root.")] = "masks",
@@ -185,27 +267,27 @@ def evaluate(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Mean IoU and its kin of a trained model on images with masks."""
-    if data:
-        if data not in _BENCHMARKS:
-            raise ConfigError(f"--data is '{data}'; expected one of {', '.join(_BENCHMARKS)}, or --images and --masks.")
-        images, masks = _BENCHMARKS[data]
-        classes, label_map = data, data
     from rich.console import Console
 
-    from infoclip.evaluate.run import evaluate_folder
+    from infoclip.evaluate.run import evaluate_benchmark, evaluate_folder
 
-    result = evaluate_folder(
-        path,
-        root / images,
-        root / masks,
-        classes or root / "classes.json",
-        label_map=label_map or None,
-        ignore_index=ignore_index,
-        overrides=overrides or [],
-        device=device,
-        out=out,
-        progress=not quiet,
-    )
+    if data:
+        result = evaluate_benchmark(
+            path, data, root, overrides=overrides or [], device=device, out=out, progress=not quiet
+        )
+    else:
+        result = evaluate_folder(
+            path,
+            root / images,
+            root / masks,
+            classes or root / "classes.json",
+            label_map=label_map or None,
+            ignore_index=ignore_index,
+            overrides=overrides or [],
+            device=device,
+            out=out,
+            progress=not quiet,
+        )
     console = Console()
     console.print(result.summary_table())
     if per_class:

@@ -112,9 +112,12 @@ class AlignConfig:
 
 @dataclass
 class DataConfig:
-    """Training data: generated scenes, or a folder of images and a folder of masks."""
+    """Training data: generated scenes, a folder of images and a folder of masks, or a data set of the papers."""
 
-    kind: Literal["scenes", "folders"] = "folders"
+    kind: Literal["scenes", "folders", "benchmark"] = "folders"
+    benchmark: str = "coco-train"
+    """Benchmark only: its name (``infoclip data list``), read from its published folders below ``root``; images, masks,
+    classes and label map then come from it."""
     root: str = ""
     """Folder below which images, masks and the class list are; scenes are written there when missing."""
     images: str = "images/train2017"

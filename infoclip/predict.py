@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infoclip.errors import DataError
+from infoclip.progress import tracked
 
 __all__ = ["Prediction", "output_names", "predict"]
 
@@ -66,13 +67,7 @@ def predict(
     stems = output_names(paths)
     results = []
     steps = list(zip(paths, stems, strict=True))
-    if progress:
-        from rich.progress import track
-
-        tracked = track(steps, description="segmenting")
-    else:
-        tracked = steps
-    for path, stem in tracked:
+    for path, stem in tracked(steps, "segmenting", progress):
         result = model.segment(path, names)
         extra = {"image": str(path), "model": str(model_path)}
         overlay, labels, info = write_files(Path(out_dir), result.files(stem, extra))

@@ -66,7 +66,7 @@ def test_public_names_exist(name: str) -> None:
     assert getattr(infoclip, name) is not None
 
 
-@pytest.mark.parametrize("command", ["info", "recipes", "pretrain", "train", "evaluate", "predict", "demo"])
+@pytest.mark.parametrize("command", ["info", "recipes", "data", "pretrain", "train", "evaluate", "predict", "demo"])
 def test_every_command_has_help(command: str) -> None:
     assert command in call("--help").stdout
     result = call(command, "--help")
@@ -200,7 +200,7 @@ def test_evaluate_names_a_missing_model_first(tmp_path: Path) -> None:
 
 
 def test_evaluate_names_known_benchmarks(tmp_path: Path) -> None:
-    assert "expected one of ade20k_150, coco_stuff_171" in sentence(call("evaluate", tmp_path, "--data", "ade"))
+    assert "did you mean 'a150'" in sentence(call("evaluate", tmp_path, "--data", "a15"))
 
 
 def test_pretraining_defaults_are_those_of_the_shipped_checkpoint() -> None:

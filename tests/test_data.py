@@ -13,7 +13,8 @@ from training_data import CLASSES, write_folders
 
 from infoclip.config import DataConfig
 from infoclip.data.classes import class_list_names, load_classes, load_label_map
-from infoclip.data.folders import FolderDataset, read_image, read_mask
+from infoclip.data.files import read_image, read_mask
+from infoclip.data.folders import FolderDataset
 from infoclip.data.transforms import PadTo, RandomCropUpTo, ResizeShortestEdge, SSDColor, seeded, training_transform
 from infoclip.errors import DataError
 

@@ -7,42 +7,112 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from infoclip.data.classes import check_classes, select_classes
+from infoclip.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, is_rotated, read_image, read_mask
 from infoclip.errors import DataError
 
-__all__ = ["IMAGE_SUFFIXES", "MASK_SUFFIXES", "FolderDataset", "read_image", "read_mask"]
+__all__ = ["FolderDataset", "PairDataset", "list_files"]
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
-MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
-_EXIF_ORIENTATION = 0x0112
+_LARGEST_VALUE = 1_000_000
+"""Annotation values beyond this are taken for a mistake: the table from value to class is as long as the largest."""
 
 
-class FolderDataset(Dataset[dict[str, Any]]):
-    """Images and masks of two folders, paired by path without suffix; images decide, spare masks are left alone.
+class PairDataset(Dataset[dict[str, Any]]):
+    """Pairs of an image file and a mask file.
 
     A sample is ``{"image": tv_tensors.Image uint8 [3, H, W] RGB, "mask": tv_tensors.Mask int64 [H, W], "file": str}``;
     mask values index :attr:`classes`, or are ``ignore_index``.
 
     Args:
-        images: folder of images (searched with its sub-folders).
-        masks: folder of masks with the same sub-folders and names.
+        pairs: image and mask files.
         classes: names of the classes that the masks' values index.
         ignore_index: mask value that carries no label.
         label_map: annotation value -> index in ``classes``; values that it does not name carry no label. Without it a
             value is the index, and a value out of range is an error.
         train_classes: the classes to keep, for training on seen classes only; pixels of the others become
             ``ignore_index``, and mask values index this list instead.
+        read: from a mask file to its values, int64 [H, W].
+        largest_value: with ``label_map``: larger annotation values (except ``ignore_index``) are an error.
+
+    Raises:
+        DataError: an unknown or repeated class; while reading, a file that cannot be used.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[Path, Path]],
+        classes: Sequence[str],
+        ignore_index: int = 255,
+        label_map: Mapping[int, int] | None = None,
+        train_classes: Sequence[str] | None = None,
+        read: Callable[[Path], Tensor] = read_mask,
+        largest_value: int | None = None,
+    ) -> None:
+        self.source_classes = check_classes(classes)
+        self.ignore_index = ignore_index
+        if label_map is None and ignore_index < len(self.source_classes):
+            raise DataError(
+                f"The ignored mask value {ignore_index} is also the index of the class "
+                f"'{self.source_classes[ignore_index]}'; choose a value of {len(self.source_classes)} or more "
+                "(65535 with 16-bit masks)."
+            )
+        keep = list(range(len(self.source_classes)))
+        self.classes = self.source_classes
+        if train_classes is not None:
+            self.classes = check_classes(train_classes, "the list of training classes")
+            keep = select_classes(self.source_classes, self.classes)
+        self._allowed = len(self.source_classes) if label_map is None else None
+        if label_map is not None and largest_value is not None:
+            self._allowed = largest_value + 1
+        self._table = _lookup_table(len(self.source_classes), keep, ignore_index, label_map)
+        self.pairs = list(pairs)
+        self.read = read
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image_path, mask_path = self.pairs[index]
+        image, raw = self.load_pair(image_path, mask_path)
+        if raw.shape != image.shape[1:]:
+            raise DataError(_size_message(image_path, mask_path, image, raw))
+        return {"image": tv_tensors.Image(image), "mask": tv_tensors.Mask(self._labels(raw, mask_path)),
+                "file": str(image_path)}  # fmt: skip
+
+    def load_pair(self, image: Path, mask: Path) -> tuple[Tensor, Tensor]:  # [3, H, W], [H, W]
+        """The image and its mask's values as they are stored."""
+        return read_image(image), self.read(mask)
+
+    def _labels(self, raw: Tensor, path: Path) -> Tensor:  # [H, W] -> [H, W]
+        if self._allowed is not None:
+            wrong = ((raw >= self._allowed) | (raw < 0)) & (raw != self.ignore_index)
+            if bool(wrong.any()):
+                value = int(raw[wrong][0])
+                raise DataError(
+                    f"The mask {path} holds the label {value} at {int(wrong.sum())} pixels; with "
+                    f"{len(self.source_classes)} classes expected 0 to {self._allowed - 1}, or {self.ignore_index} for "
+                    "no label: mend the mask, or pass the right class list, ignore_index or label map."
+                )
+        last = len(self._table) - 1
+        return self._table[raw.masked_fill(raw < 0, last).clamp_(max=last)]
+
+
+class FolderDataset(PairDataset):
+    """Images and masks of two folders, paired by path without suffix; images decide, spare masks are left alone.
+
+    Args:
+        images: folder of images (searched with its sub-folders).
+        masks: folder of masks with the same sub-folders and names.
+        classes, ignore_index, label_map, train_classes: as :class:`PairDataset`'s.
 
     Raises:
         DataError: a missing or empty folder, an image without mask, two files of one name, or an unknown or repeated
@@ -58,96 +128,8 @@ class FolderDataset(Dataset[dict[str, Any]]):
         label_map: Mapping[int, int] | None = None,
         train_classes: Sequence[str] | None = None,
     ) -> None:
-        self.source_classes = check_classes(classes)
-        self.ignore_index = ignore_index
-        if label_map is None and ignore_index < len(self.source_classes):
-            raise DataError(
-                f"The ignored mask value {ignore_index} is also the index of the class "
-                f"'{self.source_classes[ignore_index]}'; choose a value of {len(self.source_classes)} or more "
-                "(65535 with 16-bit masks)."
-            )
-        keep = list(range(len(self.source_classes)))
-        self.classes = self.source_classes
-        if train_classes is not None:
-            self.classes = check_classes(train_classes, "the list of training classes")
-            keep = select_classes(self.source_classes, self.classes)
-        self._allowed = None if label_map is not None else len(self.source_classes)
-        self._table = _lookup_table(len(self.source_classes), keep, ignore_index, label_map)
+        super().__init__([], classes, ignore_index, label_map, train_classes)
         self.pairs = _pair(Path(images), Path(masks))
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        image_path, mask_path = self.pairs[index]
-        image = read_image(image_path)
-        raw = read_mask(mask_path)
-        if raw.shape != image.shape[1:]:
-            raise DataError(_size_message(image_path, mask_path, image, raw))
-        return {"image": tv_tensors.Image(image), "mask": tv_tensors.Mask(self._labels(raw, mask_path)),
-                "file": str(image_path)}  # fmt: skip
-
-    def _labels(self, raw: Tensor, path: Path) -> Tensor:  # [H, W] -> [H, W]
-        if self._allowed is not None:
-            wrong = (raw >= self._allowed) & (raw != self.ignore_index)
-            if bool(wrong.any()):
-                value = int(raw[wrong][0])
-                raise DataError(
-                    f"The mask {path} holds the label {value} at {int(wrong.sum())} pixels; with {self._allowed} "
-                    f"classes expected 0 to {self._allowed - 1}, or {self.ignore_index} for no label: mend the mask, "
-                    "or pass the right class list, ignore_index or label map."
-                )
-        return self._table[raw.clamp(max=len(self._table) - 1)]
-
-
-def read_image(path: str | Path) -> Tensor:
-    """An image file as uint8 [3, H, W] RGB, rotated as its EXIF orientation says; 16-bit grey becomes 8-bit.
-
-    Raises:
-        DataError: a missing file, or one that is not an image or is damaged.
-    """
-    with _open(path, "image") as picture:
-        try:
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I"):
-                wide = np.asarray(picture).astype(np.int64)
-                array = np.repeat((wide >> 8 if wide.max(initial=0) > 255 else wide)[..., None], 3, 2).astype(np.uint8)
-            else:
-                array = np.array(picture.convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"The image {path} is damaged ({error}); replace or remove it.") from error
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
-
-
-def read_mask(path: str | Path) -> Tensor:
-    """A mask file as int64 [H, W]: palette indices, or the values of an 8-bit or 16-bit picture of one channel.
-
-    Raises:
-        DataError: a missing or damaged file, or a picture of several channels.
-    """
-    with _open(path, "mask") as picture:
-        if picture.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N"):
-            raise DataError(
-                f"The mask {path} is a {picture.mode} picture; expected one channel of class indices "
-                "(palette, 8-bit or 16-bit PNG or TIFF)."
-            )
-        try:
-            array = np.array(picture)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"The mask {path} is damaged ({error}); replace or remove it.") from error
-    return torch.from_numpy(array.astype(np.int64))
-
-
-def _open(path: str | Path, kind: str) -> Image.Image:
-    try:
-        return Image.open(path)
-    except FileNotFoundError as error:
-        raise DataError(f"There is no {kind} {path}; check the path.") from error
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as error:
-        reason = "it is not a picture in a known format"
-        if isinstance(error, Image.DecompressionBombError) or getattr(error, "strerror", None):
-            reason = str(getattr(error, "strerror", None) or error)
-        raise DataError(f"Cannot read the {kind} {path}: {reason}; replace or remove it.") from error
 
 
 def _lookup_table(count: int, keep: Sequence[int], ignore: int, label_map: Mapping[int, int] | None) -> Tensor:
@@ -155,9 +137,10 @@ def _lookup_table(count: int, keep: Sequence[int], ignore: int, label_map: Mappi
     final = {source: new for new, source in enumerate(keep)}
     mapping = {i: i for i in range(count)} if label_map is None else label_map
     for value, index in mapping.items():
-        if value < 0 or not 0 <= index < count:
+        if not 0 <= value <= _LARGEST_VALUE or not 0 <= index < count:
             raise DataError(
-                f"The label map sends {value} to class {index}; expected values from 0 and 0 to {count - 1}."
+                f"The label map sends {value} to class {index}; expected values from 0 to {_LARGEST_VALUE:,} and "
+                f"classes from 0 to {count - 1}."
             )
     table = torch.full((max(mapping, default=0) + 2,), ignore, dtype=torch.int64)
     for value, index in mapping.items():
@@ -168,7 +151,7 @@ def _lookup_table(count: int, keep: Sequence[int], ignore: int, label_map: Mappi
 
 
 def _pair(images: Path, masks: Path) -> list[tuple[Path, Path]]:
-    by_name, masks_by_name = _files(images, IMAGE_SUFFIXES, "image"), _files(masks, MASK_SUFFIXES, "mask")
+    by_name, masks_by_name = list_files(images, IMAGE_SUFFIXES, "image"), list_files(masks, MASK_SUFFIXES, "mask")
     missing = [path for name, path in by_name.items() if name not in masks_by_name]
     if missing:
         raise DataError(
@@ -178,8 +161,12 @@ def _pair(images: Path, masks: Path) -> list[tuple[Path, Path]]:
     return [(path, masks_by_name[name]) for name, path in sorted(by_name.items())]
 
 
-def _files(folder: Path, suffixes: tuple[str, ...], kind: str) -> dict[str, Path]:
-    """Relative path without suffix -> file."""
+def list_files(folder: Path, suffixes: tuple[str, ...], kind: str) -> dict[str, Path]:
+    """Relative path without suffix -> file, of a folder and its sub-folders (links to folders are not followed).
+
+    Raises:
+        DataError: no such folder, none of the wanted files in it, or two of one name.
+    """
     if not folder.is_dir():
         raise DataError(f"There is no folder of {kind}s {folder}; check data.root, data.images and data.masks.")
     found: dict[str, Path] = {}
@@ -204,8 +191,6 @@ def _size_message(image_path: Path, mask_path: Path, image: Tensor, mask: Tensor
         f"The mask {mask_path} is {mask.shape[1]}x{mask.shape[0]} pixels, its image {image_path} {width}x{height}; "
         "expected the same size"
     )
-    with Image.open(image_path) as picture:
-        rotated = picture.getexif().get(_EXIF_ORIENTATION, 1) >= 5
-    if rotated and tuple(mask.shape) == (width, height):
+    if is_rotated(image_path) and tuple(mask.shape) == (width, height):
         return text + ": the image has an EXIF rotation, which is applied, so draw the mask on the upright picture."
     return text + "."

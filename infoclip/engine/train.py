@@ -7,6 +7,7 @@ On the CPU a run that is killed and resumed therefore ends with the same bits as
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from infoclip.config import Config, config_to_dict, load_config
 from infoclip.data.classes import load_classes, load_label_map
-from infoclip.data.folders import FolderDataset
+from infoclip.data.folders import FolderDataset, PairDataset
 from infoclip.data.loader import ResumableLoader
 from infoclip.data.transforms import derive_seed, training_transform
 from infoclip.engine import checkpoint as ckpt
@@ -104,7 +105,7 @@ def train(config: Config, out: str | Path, resume: bool = False, progress: bool 
             run.close()
 
 
-def training_data(config: Config, out: Path) -> FolderDataset:
+def training_data(config: Config, out: Path) -> PairDataset:
     """The training images and masks that ``config.data`` describes; scenes are written first when they are missing.
 
     Raises:
@@ -123,6 +124,10 @@ def training_data(config: Config, out: Path) -> FolderDataset:
     if not data.root:
         raise ConfigError("data.root is empty; pass data.root=FOLDER, the folder that holds the images and the masks.")
     root = Path(data.root)
+    if data.kind == "benchmark":
+        from infoclip.data.benchmarks import open_benchmark
+
+        return open_benchmark(data.benchmark, root, chosen)
     label_map = load_label_map(data.label_map) if data.label_map else None
     classes = load_classes(data.classes)
     return FolderDataset(root / data.images, root / data.masks, classes, data.ignore_index, label_map, chosen)
@@ -166,6 +171,7 @@ class _Run:
         torch.manual_seed(config.train.seed)
         self.dataset = training_data(config, out)
         self.classes = self.dataset.classes
+        self.ignore_index = self.dataset.ignore_index
         try:
             self.segmentor = build_segmentor(config).to(device).train()
         except InfoclipError:
@@ -190,9 +196,10 @@ class _Run:
             self.optimizer = build_optimizer(self.segmentor, self.objective, config.optim)
         except ValueError as error:
             raise ConfigError(f"There is nothing to train ({error}); set clip.tune=attention or full.") from error
+        augment = training_transform(dataclasses.replace(config.data, ignore_index=self.ignore_index))
         self.loader = ResumableLoader(
             self.dataset, config.data.batch_size, config.train.seed, config.data.workers,
-            training_transform(config.data), config.data.ignore_index, pin_memory=device.type == "cuda",
+            augment, self.ignore_index, pin_memory=device.type == "cuda",
         )  # fmt: skip
 
         # since the last logging step: sums on the device, and how many steps gave each
@@ -295,7 +302,7 @@ class _Run:
         from infoclip.kernels.upsample_bce import upsample_bce
         from infoclip.model.inference import preprocess
 
-        config, ignore = self.config, self.config.data.ignore_index
+        config, ignore = self.config, self.ignore_index
         mask = batch["mask"]
         if chosen is not None:
             table = torch.full((max(ignore, len(self.classes)) + 1,), ignore)

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,12 +17,14 @@ from torch import Tensor
 
 from infoclip.errors import DataError, StorageError
 from infoclip.evaluate.metrics import Scores, SegmentationMetrics, harmonic_mean
+from infoclip.progress import tracked
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from infoclip.clip import DenseCLIP
     from infoclip.config import EvalConfig
+    from infoclip.data.folders import PairDataset
     from infoclip.model.segmentor import Segmentor
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "Dataset",
     "EvaluationResult",
     "Predictor",
+    "evaluate_benchmark",
     "evaluate_folder",
     "evaluate_model",
     "segmentor_predictor",
@@ -220,7 +223,7 @@ def evaluate_model(
     metrics = SegmentationMetrics(len(classes), ignore_index)
     seconds = 0.0
     with torch.no_grad():
-        for index in _tracked(range(len(dataset)), description, progress):
+        for index in tracked(range(len(dataset)), description, progress):
             sample = dataset[index]
             start = time.perf_counter()
             labels = predictor(sample["image"].as_subclass(Tensor))
@@ -260,8 +263,6 @@ def evaluate_folder(
     Raises:
         CheckpointError, ConfigError, DataError, StorageError: see the classes.
     """
-    from infoclip.api import load
-    from infoclip.config import apply_overrides
     from infoclip.data.classes import check_classes, load_classes, load_label_map
     from infoclip.data.folders import FolderDataset
     from infoclip.model.checkpoint import find_model
@@ -271,11 +272,64 @@ def evaluate_folder(
     mapping = None if label_map is None else load_label_map(label_map)
     ignored = ignore_index if mapping is None else max(ignore_index, len(names))
     dataset = FolderDataset(images, masks, names, ignored, mapping)
+    where = {"images": str(images), "masks": str(masks)}
+    return _evaluate(model, dataset, str(classes) == "voc_20b", where, seen, overrides, device, out, progress)
+
+
+def evaluate_benchmark(
+    model: str | Path,
+    name: str,
+    root: str | Path,
+    *,
+    seen: Sequence[str] | None = None,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> EvaluationResult:
+    """Evaluate a trained model on a data set of the papers, in the folders that it was downloaded to or converted in.
+
+    Args:
+        model: a run or model directory.
+        name: ``a150``, ``a847``, ``pc59``, ``pc459``, ``pas20``, ``pas20b``, ``coco-val``, ``coco-train``. On
+            ``pas20b`` every prediction from class 20 on is the background (CAT-Seg, section 4.1).
+        root: the folder above the data set's own, or that folder itself.
+        seen, overrides, device, out, progress: as :func:`evaluate_folder`'s.
+
+    Raises:
+        CheckpointError, ConfigError, DataError, StorageError: see the classes.
+    """
+    from infoclip.data.benchmarks import get_benchmark, open_benchmark
+    from infoclip.model.checkpoint import find_model
+
+    get_benchmark(name)
+    find_model(Path(model))
+    dataset = open_benchmark(name, root, progress=progress)
+    where = {"benchmark": name, "root": str(root), "masks": str(dataset.pairs[0][1].parent)}
+    return _evaluate(model, dataset, name == "pas20b", where, seen, overrides, device, out, progress)
+
+
+def _evaluate(
+    model: str | Path,
+    dataset: PairDataset,
+    background: bool,
+    where: dict[str, str],
+    seen: Sequence[str] | None,
+    overrides: Sequence[str],
+    device: str,
+    out: str | Path | None,
+    progress: bool,
+) -> EvaluationResult:
+    """Predict, count and save; with ``background`` every class from 20 on is the background, class 20."""
+    from infoclip.api import load
+    from infoclip.config import apply_overrides
+
+    names, ignored = dataset.classes, dataset.ignore_index
     loaded = load(model, device=device)
     config = apply_overrides(loaded.config, list(overrides)).eval
     predict = segmentor_predictor(loaded.segmentor, names, config)
     shown = list(names)
-    if str(classes) == "voc_20b":
+    if background:
         shown = [*names[:20], "background"]
         all_names = predict
 
@@ -290,7 +344,7 @@ def evaluate_folder(
         [name for name in shown if name in trained],
         ignore_index=ignored,
         progress=progress,
-        settings={"model": str(model), "images": str(images), "masks": str(masks), "classes": names}
+        settings={"model": str(model), **where, "classes": names}
         | {"templates": list(loaded.segmentor.clip.templates), "eval": asdict(config)},
     )
     if out is not None:
@@ -323,14 +377,6 @@ def _result(
         seconds=seconds,
         settings=settings,
     )
-
-
-def _tracked(items: Iterable[int], description: str, progress: bool) -> Iterable[int]:
-    if not progress:
-        return items
-    from rich.progress import track
-
-    return track(items, description=description)
 
 
 def _or_none(value: float) -> float | None:

@@ -1,6 +1,7 @@
 """Published settings on COCO-Stuff: CAT-Seg (section 4.1 and its configs), and InfoCLIP on top of it.
 
-``data.root`` names the folder with ``images/train2017`` and the stuffthingmaps PNGs in ``annotations/train2017``.
+``data.root`` names the folder that holds ``coco-stuff`` (or that folder itself), with ``images/train2017`` and the
+stuffthingmaps PNGs in ``annotations/train2017`` or converted masks in ``annotations_detectron2/train2017``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ def catseg_vitb16_coco() -> Config:
     return Config(
         clip=ClipConfig(model="ViT-B-16-quickgelu", pretrained="openai", image_size=384),
         align=AlignConfig(method="none"),
-        data=DataConfig(label_map="coco_stuff_171"),
+        data=DataConfig(kind="benchmark", benchmark="coco-train"),
         train=TrainConfig(checkpoint_every=2500),
     )
 
