@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from infoclip.config import Config
     from infoclip.model.segmentor import Segmentor
 
-__all__ = ["MAX_CLASSES", "ImageLike", "Model", "Segmentation", "load", "write_files"]
+__all__ = ["MAX_CLASSES", "ImageLike", "Model", "Segmentation", "check_path", "load", "write_files"]
 
 MAX_CLASSES = 65535
 """Labels are 16-bit; the largest value is kept free for pixels without a label."""
@@ -157,7 +157,8 @@ def load(path: str | Path, device: str = "auto") -> Model:
     """Load a trained model.
 
     Args:
-        path: a run directory or a model directory.
+        path: a run directory, a model directory, or a checkpoint file of the published CAT-Seg (``model_final.pth``);
+            for one with other sizes than the published models' see :func:`infoclip.convert.convert_catseg`.
         device: ``auto`` (CUDA if there is one), ``cpu`` or ``cuda``.
 
     Raises:
@@ -165,10 +166,32 @@ def load(path: str | Path, device: str = "auto") -> Model:
         ConfigError: an unknown device, or CUDA without a GPU.
     """
     place = _device(device)
+    if _is_published(Path(path)):
+        from infoclip.convert import read_catseg
+
+        published = read_catseg(path)
+        return Model(published.segmentor.to(place), published.config, published.classes)
     from infoclip.model.checkpoint import load_model
 
     loaded = load_model(path)
     return Model(loaded.segmentor.to(place), loaded.config, loaded.classes)
+
+
+def check_path(path: str | Path) -> None:
+    """Refuse a path that :func:`load` would refuse for what lies there, without reading weights.
+
+    Raises:
+        CheckpointError: neither a file nor a model directory.
+    """
+    if not _is_published(Path(path)):
+        from infoclip.model.checkpoint import find_model
+
+        find_model(Path(path))
+
+
+def _is_published(path: Path) -> bool:
+    """Whether a path is a checkpoint file by itself; weights with a config beside them are read with it, by folder."""
+    return path.is_file() and not (path.parent / "config.json").is_file()
 
 
 def checked_classes(classes: Sequence[str]) -> list[str]:

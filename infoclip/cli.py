@@ -1,4 +1,4 @@
-"""The command line: ``infoclip info | recipes | data | pretrain | train | evaluate | predict | demo``.
+"""The command line: ``infoclip info | recipes | data | convert | pretrain | train | evaluate | predict | demo``.
 
 Everything heavy is imported inside the command that needs it, so that ``--help`` answers at once.
 """
@@ -32,6 +32,9 @@ pretrain_app = typer.Typer(no_args_is_help=True, help="Train a CLIP from scratch
 app.add_typer(pretrain_app, name="pretrain")
 data_app = typer.Typer(no_args_is_help=True, help="What is on the disk of the papers' data sets, or of your own.")
 app.add_typer(data_app, name="data")
+
+convert_app = typer.Typer(no_args_is_help=True, help="Published checkpoints to model folders, and back.")
+app.add_typer(convert_app, name="convert")
 
 
 def main() -> None:
@@ -215,6 +218,41 @@ def data_convert(
 
     folder, made, kept = convert_benchmark(name, root, progress=not quiet)
     print(f"{made:,} masks written, {kept:,} were there: {folder}")
+
+
+@convert_app.command("catseg")
+@_guarded
+def convert_from_catseg(
+    checkpoint: Annotated[Path, typer.Argument(help="model_final.pth of the published CAT-Seg.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the model.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings that weights cannot tell: model.num_heads=8."),
+    ] = None,
+    classes: Annotated[str, typer.Option(help="Training classes: a shipped list or a file.")] = "coco_stuff_171",
+) -> None:
+    """Turn a published CAT-Seg checkpoint into a model folder; every entry is accounted for."""
+    from infoclip.convert import convert_catseg
+
+    read = convert_catseg(checkpoint, out, overrides or [], classes)
+    clip = read.config.clip
+    print(f"{read.loaded} entries loaded, {len(read.derived)} window masks checked, none left over")
+    print(f"{clip.model}, {clip.image_size} px")
+    if read.left_out:
+        print(f"beside the weights, not needed: {', '.join(read.left_out)}")
+    print(f"The model is in {out}")
+
+
+@convert_app.command("to-catseg")
+@_guarded
+def convert_to_catseg(
+    model: Annotated[Path, typer.Argument(help="A run, or a model folder.")],
+    out: Annotated[Path, typer.Argument(help="The file, such as model_final.pth.")],
+) -> None:
+    """Write a model in the form that the published CAT-Seg code loads."""
+    from infoclip.convert import write_catseg
+
+    print(f"{write_catseg(model, out)} entries are in {out}")
 
 
 @app.command()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pickle
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -18,7 +17,8 @@ from torch import Tensor
 
 from infoclip.errors import CheckpointError
 
-__all__ = ["StoredWeights", "join_projections", "read_weights", "split_projections", "write_safetensors"]
+__all__ = ["StoredWeights", "join_projections", "read_tensor_file", "read_weights", "split_projections",
+           "write_safetensors"]  # fmt: skip
 
 _JOINT = "attn.in_proj_weight"
 _SEPARATE = tuple(f"attn.{part}_proj_weight" for part in "qkv")
@@ -70,10 +70,7 @@ def read_weights(path: Path) -> StoredWeights:
     Raises:
         CheckpointError: a missing, damaged or foreign file.
     """
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder: expected a weight file (.safetensors or .pt).")
-    if not path.is_file():
-        raise CheckpointError(f"The CLIP weight file {path} does not exist.")
+    _check_file(path, "CLIP weight file")
     quick_gelu: bool | None = None
     data: Any
     if path.suffix == ".safetensors":
@@ -99,6 +96,22 @@ def read_weights(path: Path) -> StoredWeights:
     return StoredWeights(state, quick_gelu)
 
 
+def read_tensor_file(path: Path, kind: str) -> dict[Any, Any]:
+    """The table in a safetensors file or a torch file, without running code from it.
+
+    Args:
+        kind: what the file is expected to be, for messages.
+
+    Raises:
+        CheckpointError: a missing or damaged file, or one that holds more than tensors and plain values.
+    """
+    _check_file(path, kind)
+    data = _read_safetensors(path)[0] if path.suffix == ".safetensors" else _read_torch(path)
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a {type(data).__name__}: expected a table of tensors by name.")
+    return data
+
+
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file at once or not at all.
 
@@ -118,6 +131,13 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _check_file(path: Path, kind: str) -> None:
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder: expected a {kind} (.safetensors or a torch file).")
+    if not path.is_file():
+        raise CheckpointError(f"The {kind} {path} does not exist.")
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], bool | None]:
@@ -153,10 +173,20 @@ def _read_torchscript(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        with zipfile.ZipFile(path) as archive:  # torch stores its records as they are; a packed one may be a bomb
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        packed = False  # the older format is no archive
+    if packed:
+        raise CheckpointError(f"{path} is a compressed archive: expected a file as torch.save writes it.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle raises whatever its opcodes lead to
         raise CheckpointError(
-            f"{path} is damaged or not a file of plain tensors: expected .safetensors or a torch state dict."
+            f"{path} is damaged, or holds more than tensors and plain values, which is not read since it can run code: "
+            "expected .safetensors or a torch state dict."
         ) from error
 
 

@@ -263,11 +263,11 @@ def evaluate_folder(
     Raises:
         CheckpointError, ConfigError, DataError, StorageError: see the classes.
     """
+    from infoclip.api import check_path
     from infoclip.data.classes import check_classes, load_classes, load_label_map
     from infoclip.data.folders import FolderDataset
-    from infoclip.model.checkpoint import find_model
 
-    find_model(Path(model))  # a wrong path is named before anything about the data
+    check_path(model)  # a wrong path is named before anything about the data
     names = load_classes(classes) if isinstance(classes, (str, Path)) else check_classes(classes)
     mapping = None if label_map is None else load_label_map(label_map)
     ignored = ignore_index if mapping is None else max(ignore_index, len(names))
@@ -299,11 +299,11 @@ def evaluate_benchmark(
     Raises:
         CheckpointError, ConfigError, DataError, StorageError: see the classes.
     """
+    from infoclip.api import check_path
     from infoclip.data.benchmarks import get_benchmark, open_benchmark
-    from infoclip.model.checkpoint import find_model
 
     get_benchmark(name)
-    find_model(Path(model))
+    check_path(model)
     dataset = open_benchmark(name, root, progress=progress)
     where = {"benchmark": name, "root": str(root), "masks": str(dataset.pairs[0][1].parent)}
     return _evaluate(model, dataset, name == "pas20b", where, seen, overrides, device, out, progress)
