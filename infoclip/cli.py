@@ -336,7 +336,7 @@ def evaluate(
 @_guarded
 def predict(
     path: Annotated[Path, typer.Argument(help="A run, or a model folder.")],
-    pictures: Annotated[list[Path], typer.Argument(help="Image files.")],
+    pictures: Annotated[list[Path], typer.Argument(help="Image files, folders, patterns such as 'photos/**/*.jpg'.")],
     out: Annotated[Path, typer.Option(help="Folder for overlays, labels and JSON.")],
     classes: Annotated[str, typer.Option(help='Class names separated by commas, "red circle, blue sky".')] = "",
     classes_file: Annotated[
@@ -351,9 +351,19 @@ def predict(
     names = _class_names(classes, classes_file)
     from infoclip.predict import predict as run
 
-    for result in run(path, pictures, names, out, device=device, progress=len(pictures) > 1):
+    many = len(pictures) > 1 or not pictures[0].is_file()
+    done = run(path, pictures, names, out, device=device, progress=many)
+    for result in done.results[:20]:
         found = ", ".join(f"{name} {100 * share:.0f} %" for name, share in list(result.shares.items())[:5])
         print(f"{result.image}: {found}\n  {result.overlay}\n  {result.labels}\n  {result.json}")
+    if len(done.results) > 20:
+        print(f"and {len(done.results) - 20:,} more in {out}")
+    if done.kept:
+        print(f"{done.kept:,} were there already: {out}")
+    for fault in done.faults:
+        print(f"skipped: {fault}", file=sys.stderr)
+    if done.faults:
+        raise DataError(f"{len(done.faults):,} could not be used and were skipped; the others are in {out}.")
 
 
 @app.command()

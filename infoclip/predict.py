@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import glob
+import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from infoclip.data.files import IMAGE_SUFFIXES
 from infoclip.errors import DataError
 from infoclip.progress import tracked
 
-__all__ = ["Prediction", "output_names", "predict"]
+__all__ = ["Prediction", "Predictions", "find_pictures", "output_names", "predict"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,18 @@ class Prediction:
     """Share of the picture of each class that occurs, largest first."""
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What one call did."""
+
+    results: list[Prediction]
+    """What was segmented now."""
+    kept: int
+    """Pictures that an earlier call had done."""
+    faults: list[str]
+    """One sentence for each picture, folder or pattern that could not be used."""
+
+
 def predict(
     model_path: str | Path,
     images: Sequence[str | Path],
@@ -33,46 +50,78 @@ def predict(
     *,
     device: str = "auto",
     progress: bool = False,
-) -> list[Prediction]:
+) -> Predictions:
     """Segment pictures with any classes.
 
     For ``cat.jpg`` it writes ``cat.overlay.png``, ``cat.labels.png`` (the index into the class list, 8-bit for up to
     255 classes, else 16-bit) and ``cat.json`` (class list, shares, sizes, model). Pictures of one name from different
-    folders get different names (see :func:`output_names`). All that can be wrong is checked before anything is written:
-    every picture is opened once at the start.
+    folders get different names (see :func:`output_names`). A picture that cannot be used is reported and skipped. The
+    JSON appears last, and a picture whose JSON is there for the same file, model and classes is not segmented again:
+    the same call goes on where an earlier one was stopped.
 
     Args:
-        model_path: a run or model directory.
-        images: picture files.
+        model_path: a run or model directory, or a published checkpoint.
+        images: picture files, folders (searched with their sub-folders) and patterns (``photos/**/*.jpg``).
         classes: names; see :meth:`infoclip.api.Model.segment`.
-        out_dir: made when missing; files of the same names are replaced.
+        out_dir: made when missing; other files of the same names are replaced.
         device: ``auto``, ``cpu`` or ``cuda``.
         progress: show a progress bar.
 
     Raises:
-        DataError: no picture, a missing or unreadable one, or a class list that cannot be used.
+        DataError: no picture at all, or a class list that cannot be used.
         CheckpointError: no usable model.
         StorageError: the output cannot be written.
     """
     from infoclip.api import checked_classes, load, write_files
 
-    paths = [Path(image) for image in images]
+    paths, faults = find_pictures(images)
     if not paths:
-        raise DataError("There is no picture to segment; name at least one image file.")
+        raise DataError(faults[0] if faults else "There is no picture to segment; name at least one image file.")
     names = checked_classes(classes)
-    for path in paths:
-        _check_picture(path)
     model = load(model_path, device)
     model.check_classes(names)
-    stems = output_names(paths)
-    results = []
-    steps = list(zip(paths, stems, strict=True))
+    out, stamp = Path(out_dir), _stamp(Path(model_path))
+    results: list[Prediction] = []
+    kept = 0
+    steps = list(zip(paths, output_names(paths), strict=True))
     for path, stem in tracked(steps, "segmenting", progress):
-        result = model.segment(path, names)
-        extra = {"image": str(path), "model": str(model_path)}
-        overlay, labels, info = write_files(Path(out_dir), result.files(stem, extra))
+        extra = {"image": str(path), "image_stamp": _stamp(path), "model": str(model_path), "model_stamp": stamp}
+        wanted = {**extra, "classes": names}
+        if _is_done(out, stem, wanted):
+            kept += 1
+            continue
+        try:
+            result = model.segment(path, names)
+        except DataError as error:
+            faults.append(str(error))
+            continue
+        overlay, labels, info = write_files(out, result.files(stem, extra))
         results.append(Prediction(path, overlay, labels, info, result.shares))
-    return results
+    return Predictions(results, kept, faults)
+
+
+def find_pictures(named: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
+    """The picture files that files, folders and patterns name, each once, and a sentence for each that names none.
+
+    Folders are searched with their sub-folders, by suffix; links to folders are not followed, so that loops end.
+    """
+    found: dict[Path, None] = {}
+    faults: list[str] = []
+    for name in named:
+        path = Path(name)
+        if path.is_dir():
+            walked = (Path(parent) / file for parent, _, files in os.walk(path) for file in files)
+            inside = sorted(p for p in walked if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+            if not inside:
+                faults.append(f"There is no picture in the folder {path}; expected {', '.join(IMAGE_SUFFIXES)}.")
+        elif path.exists() or not glob.has_magic(str(name)):
+            inside = [path]
+        else:
+            inside = [p for p in map(Path, sorted(glob.glob(str(name), recursive=True))) if p.is_file()]  # noqa: PTH207
+            if not inside:
+                faults.append(f"No file matches {name}; check the pattern.")
+        found.update(dict.fromkeys(inside))
+    return list(found), faults
 
 
 def output_names(paths: Sequence[Path]) -> list[str]:
@@ -109,17 +158,21 @@ def output_names(paths: Sequence[Path]) -> list[str]:
     return unique
 
 
-def _check_picture(path: Path) -> None:
-    """Refuse what is missing or no picture, reading no more than its head."""
-    from PIL import Image, UnidentifiedImageError
+def _stamp(path: Path) -> list[int]:
+    """Size and time of a file, or of a model's weights: it changes when the content does."""
+    for file in (path, path / "model.safetensors", path / "model" / "model.safetensors"):
+        if file.is_file():
+            state = file.stat()
+            return [state.st_size, state.st_mtime_ns]
+    return []
 
-    if path.is_dir():
-        raise DataError(f"{path} is a folder; name the image files in it.")
-    if not path.exists():
-        raise DataError(f"There is no image {path}; check the path.")
+
+def _is_done(folder: Path, stem: str, wanted: dict[str, Any]) -> bool:
+    """Whether the three files of a prediction are there and were made from the same."""
+    if not all((folder / f"{stem}.{kind}").is_file() for kind in ("overlay.png", "labels.png", "json")):
+        return False
     try:
-        with Image.open(path) as picture:
-            picture.verify()
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or "it is not a picture in a known format, or it is damaged"
-        raise DataError(f"Cannot read the image {path}: {reason}; replace or remove it.") from error
+        found = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and all(found.get(key) == value for key, value in wanted.items())

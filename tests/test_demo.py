@@ -86,7 +86,7 @@ def test_the_models_of_the_demo_can_be_used(done: tuple[Path, dict[str, Any]], t
     for key in ("frozen", "finetune", "infoclip"):
         assert infoclip.load(out / key, device="cpu").classes == results["seen_classes"]
     Image.fromarray(np.zeros((50, 70, 3), dtype=np.uint8)).save(tmp_path / "a.png")
-    written = predict(out / "infoclip", [tmp_path / "a.png"], ["red striped circle", "grass"], tmp_path / "out")
+    written = predict(out / "infoclip", [tmp_path / "a.png"], ["red striped circle", "grass"], tmp_path / "out").results
     assert written[0].overlay.exists()
 
 

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from small_models import small_config
+from typer.testing import CliRunner
 
+from infoclip.cli import app
 from infoclip.errors import CheckpointError, DataError, StorageError
 from infoclip.model.checkpoint import save_model
 from infoclip.model.segmentor import build_segmentor
@@ -37,7 +39,7 @@ def write_picture(path: Path, size: tuple[int, int] = (40, 30)) -> Path:
 def test_three_files_for_each_picture(model: Path, tmp_path: Path) -> None:
     images = [write_picture(tmp_path / "one.png"), write_picture(tmp_path / "two.jpg", (50, 20))]
     out = tmp_path / "out"
-    results = predict(model, images, CLASSES, out, device="cpu")
+    results = predict(model, images, CLASSES, out, device="cpu").results
     assert sorted(p.name for p in out.iterdir()) == sorted(
         f"{stem}.{kind}" for stem in ("one", "two") for kind in ("overlay.png", "labels.png", "json")
     )
@@ -57,32 +59,64 @@ def test_three_files_for_each_picture(model: Path, tmp_path: Path) -> None:
 def test_again_replaces_the_files(model: Path, tmp_path: Path) -> None:
     image = write_picture(tmp_path / "one.png")
     predict(model, [image], CLASSES, tmp_path / "out", device="cpu")
-    result = predict(model, [image], ["sand"], tmp_path / "out", device="cpu")[0]
+    result = predict(model, [image], ["sand"], tmp_path / "out", device="cpu").results[0]
     assert json.loads(result.json.read_text())["classes"] == ["sand"]
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 
-def test_nothing_is_written_when_something_is_wrong(model: Path, tmp_path: Path) -> None:
+def test_nothing_is_written_when_nothing_can_be_done(model: Path, tmp_path: Path) -> None:
     good, out = write_picture(tmp_path / "good.png"), tmp_path / "out"
-    (tmp_path / "text.png").write_text("no picture")
-    cut = tmp_path / "cut.png"
-    cut.write_bytes(good.read_bytes()[:-300])
-    for images, classes, kind, part in (
-        ([good, tmp_path / "none.png"], CLASSES, DataError, "There is no image .*none.png"),
-        ([good, tmp_path / "text.png"], CLASSES, DataError, "Cannot read the image .*text.png"),
-        ([good, cut], CLASSES, DataError, "Cannot read the image .*cut.png"),
-        ([good, tmp_path], CLASSES, DataError, "is a folder"),
-        ([], CLASSES, DataError, "no picture"),
-        ([good], [], DataError, "at least one"),
-        ([good], ["a", "a"], DataError, "twice"),
-        ([good], ["word " * 40], DataError, "context"),
+    (tmp_path / "empty").mkdir()
+    for images, classes, part in (
+        ([tmp_path / "empty"], CLASSES, "no picture in the folder"),
+        ([tmp_path / "x*.png"], CLASSES, "No file matches"),
+        ([], CLASSES, "no picture"),
+        ([good], [], "at least one"),
+        ([good], ["a", "a"], "twice"),
+        ([good], ["word " * 40], "context"),
     ):
-        with pytest.raises(kind, match=part):
+        with pytest.raises(DataError, match=part):
             predict(model, images, classes, out, device="cpu")
         assert not out.exists()
     with pytest.raises(CheckpointError, match="no model at"):
         predict(tmp_path / "nothing", [good], CLASSES, out)
     assert not out.exists()
+
+
+def test_a_bad_file_is_reported_and_the_rest_go_on(model: Path, tmp_path: Path) -> None:
+    good = [write_picture(tmp_path / "in" / f"{name}.png") for name in ("a", "z")]
+    (tmp_path / "in" / "text.png").write_text("no picture")
+    (tmp_path / "in" / "cut.png").write_bytes(good[0].read_bytes()[:-300])
+    (tmp_path / "in" / "notes.txt").write_text("not looked at")
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
+    images = [tmp_path / "in", tmp_path / "in" / "a.png", tmp_path / "none.png", tmp_path / "in" / "[az].png"]
+    done = predict(model, images, CLASSES, tmp_path / "out", device="cpu")
+    assert [r.image for r in done.results] == good
+    assert [next(n for n in ("cut", "text", "none") if f"{n}.png" in fault) for fault in done.faults] == [
+        "cut", "text", "none"
+    ]  # fmt: skip
+    assert len(list((tmp_path / "out").iterdir())) == 6
+    arguments = ["predict", str(model), str(tmp_path / "in"), "--classes", "a,b", "--out", str(tmp_path / "cli")]
+    answer = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
+    assert answer.exit_code == 2
+    assert answer.stderr.count("skipped: ") == 2
+    assert "2 could not be used and were skipped" in answer.stderr
+    assert len(list((tmp_path / "cli").iterdir())) == 6
+
+
+def test_what_is_done_is_not_done_again(model: Path, tmp_path: Path) -> None:
+    images = [write_picture(tmp_path / f"{name}.png") for name in "abc"]
+    out = tmp_path / "out"
+    assert len(predict(model, images[:2], CLASSES, out, device="cpu").results) == 2
+    before = (out / "a.json").stat().st_mtime_ns
+    (out / "b.labels.png").unlink()  # as if stopped before
+    done = predict(model, images, CLASSES, out, device="cpu")
+    assert ([r.image.stem for r in done.results], done.kept) == (["b", "c"], 1)
+    assert (out / "a.json").stat().st_mtime_ns == before
+    write_picture(images[0], (60, 20))  # another picture of the same name
+    (out / "c.json").write_text("{")
+    done = predict(model, images, CLASSES, out, device="cpu")
+    assert ([r.image.stem for r in done.results], done.kept) == (["a", "c"], 1)
 
 
 def test_a_place_that_cannot_be_written(model: Path, tmp_path: Path) -> None:
