@@ -30,6 +30,9 @@ KINDS: dict[str, str] = {
     "rc": "parity_objective:check_rc",
     "metrics": "parity_metrics:check_metrics",
     "msdeform": "parity_maftplus:check_msdeform",
+    "cdt": "parity_maftplus:check_cdt",
+    "ma_loss": "parity_maftplus:check_ma_loss",
+    "mask_pooling_cls": "parity_maftplus:check_mask_pooling_cls",
 }
 """Check of each kind of case, as ``module:function`` (imported when a case of the kind is met)."""
 

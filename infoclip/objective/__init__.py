@@ -12,6 +12,7 @@ from infoclip.objective.entropy import (
 )
 from infoclip.objective.infonce import InfoNCE, infonce
 from infoclip.objective.lpam import LPAM, cosine_map
+from infoclip.objective.mask_aware import mask_aware_loss, soft_iou
 
 __all__ = [
     "LPAM",
@@ -23,12 +24,14 @@ __all__ = [
     "cosine_map",
     "infonce",
     "kl_distillation",
+    "mask_aware_loss",
     "normalized_gram",
     "pooled_distillation",
     "renyi_entropy",
     "renyi_joint_entropy",
     "renyi_mutual_information",
     "representation_compensation",
+    "soft_iou",
     "strip_pool",
     "transfer_loss",
 ]
