@@ -193,7 +193,7 @@ void cost_volume_backward_cpu(const CostVolume& p, Isa isa, int threads) {
 
 int64_t cost_volume_work_floats(const CostVolume& p, bool backward) {
   const int64_t texts = (p.shared ? 1 : p.B) * p.T * p.P, pixels = p.B * p.N;
-  return texts + pixels + (backward ? p.D * std::max(p.d_image ? pixels : 0, p.d_text ? texts : 0) : 0);
+  return texts + pixels + (backward ? p.D * ((p.d_image ? pixels : 0) + (p.d_text ? texts : 0)) : 0);
 }
 
 }  // namespace infoclip
