@@ -11,8 +11,11 @@ from infoclip.native import why_not
 
 __all__ = ["AOT", "backward", "forward", "why_not"]
 
-AOT = NativeKernels()
-"""The CUDA C++ sums in fp32 on the ordinary units: no kernel here has matrix instructions."""
+AOT = NativeKernels(
+    matrix=(r"\bproducts<",),
+    dynamic_shared={r"\bproducts<[^>]*128": 61_824, r"\bproducts<[^>]*64": 31_104},
+)
+"""Shared memory: ``Shape::SHARED`` of ``csrc/common/tile.cuh``."""
 
 
 def forward(
