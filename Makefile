@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f 2>/dev/null)
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test lint bench aot gpu clean
+.PHONY: help setup demo test lint bench aot bounds gpu clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -42,6 +42,9 @@ bench: setup ## Benchmarks of every op against its reference (BENCH="cost_volume
 
 aot: setup ## Every GPU kernel compiled without a GPU: registers, shared memory, spills, matrix instructions (AOT="infonce --all")
 	@$(BIN)/python -m bench aot $(AOT)
+
+bounds: setup ## Arithmetic and memory of a training step of the aggregation, counted (BOUNDS="--classes 150")
+	@$(BIN)/python -m bench bounds $(BOUNDS)
 
 gpu: setup ## What is pending on a GPU: correctness of every op on it, then all benchmarks into bench/results/all.gpu.json
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: torch sees no CUDA device; make aot needs none.")'

@@ -1,6 +1,7 @@
 """``python -m bench SUITE... [--json FILE]``: speed of each op against its reference, as ratios of medians in one run.
 
-``python -m bench aot [OP...]`` compiles every GPU kernel without a GPU (``bench/aot.py``).
+``python -m bench aot [OP...]`` compiles every GPU kernel without a GPU (``bench/aot.py``); ``python -m bench bounds``
+counts what a training step of the aggregation computes and keeps (``bench/bounds.py``).
 
 A suite is a file ``bench/suite_<name>.py`` of pytest-benchmark cases; ``all`` runs every one. A case checks its values
 against the reference before it is timed, and the op's tests must pass, so there is no figure for a wrong result.
@@ -79,10 +80,15 @@ def main(argv: list[str] | None = None) -> int:
         from bench import aot
 
         return aot.main(argv[1:])
+    if argv[:1] == ["bounds"]:
+        from bench import bounds
+
+        return bounds.main(argv[1:])
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description=__doc__.splitlines()[0].replace("``", ""),
-        epilog="python -m bench aot --help: every GPU kernel compiled without a GPU.",
+        epilog="python -m bench aot --help: every GPU kernel compiled without a GPU. "
+        "python -m bench bounds --help: what the aggregation computes and keeps, counted.",
     )
     parser.add_argument("suite", nargs="+", choices=[*suites(), "all"], help="what to time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")

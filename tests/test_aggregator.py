@@ -166,8 +166,9 @@ def test_whole_module_in_bfloat16() -> None:
     assert ((logits == -100).all(dim=(2, 3)).sum(dim=1) == 5).all()
 
 
-def test_gradcheck() -> None:
-    model = build(resolution=(4, 4), window_size=2, pad_len=4).double()
+@pytest.mark.parametrize("mode", ["lean", "reference"])  # a graph of the others allows one backward pass, not several
+def test_gradcheck(mode) -> None:
+    model = build(resolution=(4, 4), window_size=2, pad_len=4).double().use_memory(mode)
     image, text, guidance = inputs(b=1, t=2, h=4, w=4, dtype=torch.float64)
     image = image.requires_grad_()
     text = text.requires_grad_()

@@ -43,6 +43,8 @@ FREE_KEYS = frozenset(
         "name",
         "data.root",
         "data.workers",
+        "model.class_chunk",
+        "model.memory",
         "train.device",
         "train.threads",
         "train.checkpoint_every",

@@ -8,7 +8,9 @@ channels, ``G`` projected guidance channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -19,17 +21,26 @@ from infoclip.config import ModelConfig
 from infoclip.kernels.cost_volume import cost_volume
 from infoclip.model.attention import ClassAttention, SwinBlock
 from infoclip.model.decoder import UpBlock
+from infoclip.model.memory import MemoryMode, check_memory, class_chunk, region
 
 __all__ = ["DROPPED_LOGIT", "Aggregator", "AggregatorLayer", "ClassAggregation", "SpatialAggregation"]
+
+_Region = Callable[..., Tensor]
+_Shared = tuple[Tensor | None, Tensor | None]
 
 DROPPED_LOGIT = -100.0
 """Logit of a class that the cut to the most similar ``pad_len`` classes left out."""
 
 
+def _every_cast_apart(place: str) -> contextlib.AbstractContextManager[object]:
+    """Autocast without its cache of weights: the gradients of a cached one would be summed over the regions in bf16."""
+    if not torch.amp.is_autocast_available(place) or not torch.is_autocast_enabled(place):
+        return contextlib.nullcontext()
+    return torch.autocast(place, torch.get_autocast_dtype(place), cache_enabled=False)
+
+
 class SpatialAggregation(nn.Module):
     """Two Swin blocks over each class's map, the second one shifted by half a window, guided by the image."""
-
-    fast = True
 
     def __init__(self, dim: int, guidance_dim: int, num_heads: int, window: int, resolution: tuple[int, int]) -> None:
         super().__init__()
@@ -46,9 +57,6 @@ class SpatialAggregation(nn.Module):
         y = x.permute(0, 2, 3, 4, 1).reshape(b * t, h, w, c)
         if guidance is not None and self.guidance_norm is not None:
             guidance = self.guidance_norm(guidance.permute(0, 2, 3, 1))
-        if self.fast:
-            y = self.block_2.forward_fast(self.block_1.forward_fast(y, guidance), guidance)
-            return y.view(b, t, h, w, c).permute(0, 4, 1, 2, 3)
         if guidance is not None:
             guidance = guidance.repeat_interleave(t, dim=0)
         y = self.block_2(self.block_1(y, guidance), guidance)
@@ -60,8 +68,6 @@ class ClassAggregation(nn.Module):
 
     The padding takes part in the attention, so ``pad_len`` changes the result.
     """
-
-    fast = True
 
     def __init__(self, dim: int, guidance_dim: int, num_heads: int, attention_type: str, pad_len: int) -> None:
         super().__init__()
@@ -93,17 +99,39 @@ class ClassAggregation(nn.Module):
         if guidance is not None and missing and self.padding_guidance is not None:
             padding = self.padding_guidance.to(guidance.dtype).expand(b, missing, -1)
             guidance = torch.cat([guidance, padding], dim=1)
-        if self.fast:
-            y = y + self.attention.forward_fast(self.norm1(y), guidance)
-        else:
-            if guidance is not None:
-                guidance = guidance.repeat_interleave(ph * pw, dim=0)
-            y = y + self.attention(self.norm1(y), guidance)
+        if guidance is not None:
+            guidance = guidance.repeat_interleave(ph * pw, dim=0)
+        y = y + self.attention(self.norm1(y), guidance)
         y = y[:, :t]  # what follows is separate for each class: the padding has done its part
         y = y + self.MLP(self.norm2(y))
         y = y.view(b, ph, pw, t, c).permute(0, 3, 4, 1, 2).reshape(b * t, c, ph, pw)
         y = F.interpolate(y, size=(h, w), mode="bilinear", align_corners=True)
         return x + y.view(b, t, c, h, w).transpose(1, 2)
+
+    def hoist(
+        self,
+        guidance: Tensor | None,  # [B, T, G]
+    ) -> tuple[Tensor | None, Tensor | None]:  # each [B, 1, T + padding, C]
+        """The guidance's share of queries and keys, once an image."""
+        if guidance is not None and self.padding_guidance is not None:
+            missing = max(self.pad_len - guidance.shape[1], 0)
+            padding = self.padding_guidance.to(guidance.dtype).expand(guidance.shape[0], missing, -1)
+            guidance = torch.cat([guidance, padding], dim=1)
+        return self.attention.hoist(guidance)
+
+    def forward_fast(
+        self,
+        y: Tensor,  # [B, N, T, C], N pixels of the pooled grid
+        shared_q: Tensor | None,  # of hoist
+        shared_k: Tensor | None,
+    ) -> Tensor:  # [B, N, T, C]
+        """What ``forward`` does between its pooling and its up-sampling."""
+        b, n, t, c = y.shape
+        if self.padding_tokens is not None:
+            padding = self.padding_tokens.to(y.dtype)[None].expand(b, n, max(self.pad_len - t, 0), c)
+            y = torch.cat([y, padding], dim=2)
+        y = (y + self.attention.forward_fast(self.norm1(y), shared_q, shared_k))[:, :, :t]
+        return y + self.MLP(self.norm2(y))
 
 
 class AggregatorLayer(nn.Module):
@@ -183,22 +211,23 @@ class Aggregator(nn.Module):
         self.decoder1 = UpBlock(dim, first, narrow[0])
         self.decoder2 = UpBlock(first, second, narrow[1])
         self.head = nn.Conv2d(second, 1, kernel_size=3, padding=1)
-        self.form = "fast"
+        self.memory, self.class_chunk = config.memory, config.class_chunk
 
-    def use_form(self, form: str) -> Aggregator:
-        """Choose how the result is computed: ``fast`` (default) or ``reference``, the plain form that specifies it.
+    def use_memory(self, mode: MemoryMode, class_chunk: int = 0) -> Aggregator:
+        """Choose what the backward pass finds and what it computes again (:mod:`infoclip.model.memory`).
 
-        Both read the same weights and give the same values and gradients to rounding.
+        Every mode reads the same weights and gives the same values and gradients to rounding. A graph of ``fast`` or
+        ``balanced`` allows one backward pass, whatever ``retain_graph`` says.
+
+        Args:
+            mode: ``fast``, ``balanced``, ``lean``, or ``reference``, the plain form that specifies the result.
+            class_chunk: classes worked on at once; 0 for the mode's own.
 
         Raises:
-            ValueError: another form.
+            ValueError: another mode, or a negative chunk.
         """
-        if form not in ("fast", "reference"):
-            raise ValueError(f"the form is {form!r}; expected 'fast' or 'reference'")
-        self.form = form
-        for module in self.modules():
-            if isinstance(module, (SpatialAggregation, ClassAggregation)):
-                module.fast = form == "fast"
+        check_memory(mode, class_chunk)
+        self.memory, self.class_chunk = mode, class_chunk
         return self
 
     def forward(
@@ -236,12 +265,16 @@ class Aggregator(nn.Module):
             text = F.normalize(text_feats, dim=-1)
             text = text.expand(b, *text.shape[-3:])
             text_feats = text.gather(1, kept[:, :, None, None].expand(-1, -1, *text.shape[2:]))
-        x = self.embed(cost)  # [B, C, T, H, W]
         appearance = self.guidance_projection(guidance[0]) if self.guidance_projection is not None else None
         text_guidance = self.text_guidance(text_feats, b)
-        for layer in self.layers:
-            x = cast(AggregatorLayer, layer)(x, appearance, text_guidance, window)
-        logits = self.decode(x, guidance[1:])
+        if self.memory == "reference":
+            x = self.embed(cost)  # [B, C, T, H, W]
+            for layer in self.layers:
+                x = cast(AggregatorLayer, layer)(x, appearance, text_guidance, window)
+            logits = self.decode(x, guidance[1:])
+        else:
+            with _every_cast_apart(cost.device.type):
+                logits = self._in_regions(cost, appearance, text_guidance, guidance[1:], window)
         if kept is not None:
             full = logits.new_full((b, classes, *logits.shape[2:]), DROPPED_LOGIT)
             logits = full.scatter(1, kept[:, :, None, None].expand_as(logits), logits)
@@ -283,19 +316,104 @@ class Aggregator(nn.Module):
     ) -> Tensor:  # [B, T, 4H, 4W]
         """The decoder, class by class."""
         b, c, t, h, w = x.shape
-        projected: list[Tensor | None] = [None, None]
-        if self.decoder_guidance_projection is not None:
-            projected = [p(g) for p, g in zip(self.decoder_guidance_projection, guidance, strict=True)]
+        projected = self._decoder_guidance(guidance)
         y = x.transpose(1, 2).reshape(b * t, c, h, w)
-        if self.form == "fast":
-            y = self.decoder2.forward_fast(self.decoder1.forward_fast(y, projected[0]), projected[1])
-        else:
-            y = self.decoder2(self.decoder1(y, projected[0]), projected[1])
+        y = self.decoder2(self.decoder1(y, projected[0]), projected[1])
         # The bias apart from the convolution: its gradient sums every logit of the batch, which the convolution's own
         # backward does term by term on the CPU and addition's backward pairwise, with far less rounding.
         assert self.head.bias is not None
         y = F.conv2d(y, self.head.weight, padding=1)[:, 0] + self.head.bias
         return y.view(b, t, *y.shape[-2:])
+
+    def _decoder_guidance(self, guidance: Sequence[Tensor]) -> list[Tensor | None]:
+        if self.decoder_guidance_projection is None:
+            return [None, None]
+        return [p(g) for p, g in zip(self.decoder_guidance_projection, guidance, strict=True)]
+
+    def _in_regions(
+        self,
+        cost: Tensor,  # [B, P, T, H, W]
+        appearance: Tensor | None,  # [B, G, H, W]
+        text: Tensor | None,  # [B, T, G]
+        guidance: Sequence[Tensor],  # [B, g1, 2H, 2W], [B, g2, 4H, 4W]
+        pooling: tuple[int, int],
+    ) -> Tensor:  # [B, T, 4H, 4W]
+        """Embedding, layers and decoder with what the classes share computed first and the rest in regions."""
+        b, _, t, h, w = cost.shape
+        chunk = class_chunk(self.memory, self.class_chunk, t, cost.device)
+        run = functools.partial(region, self.memory)
+        maps: list[Tensor] = list(cost.transpose(1, 2).split(chunk, dim=1))  # [B, chunk, P, H, W]
+        ph, pw = (h - pooling[0]) // pooling[0] + 1, (w - pooling[1]) // pooling[1] + 1
+        added: list[Tensor | None] = [None] * len(maps)  # [B, chunk, ph * pw, C], of class aggregation
+
+        def up_added(x: Tensor, y: Tensor | None) -> Tensor:  # [B, t, H, W, C]
+            if y is None:
+                return x
+            wide = y.flatten(0, 1).unflatten(1, (ph, pw)).permute(0, 3, 1, 2)
+            wide = F.interpolate(wide, size=(h, w), mode="bilinear", align_corners=True)
+            return x + wide.permute(0, 2, 3, 1).view(x.shape)
+
+        def pool(x: Tensor) -> Tensor:  # [B, t, H, W, C] -> [B, t, ph * pw, C]
+            y = F.avg_pool2d(x.flatten(0, 1).permute(0, 3, 1, 2), pooling)
+            return y.permute(0, 2, 3, 1).reshape(*x.shape[:2], ph * pw, -1)
+
+        for i, each in enumerate(self.layers):
+            layer = cast(AggregatorLayer, each)
+            spatial, classes = layer.swin_block, layer.attention
+            g = appearance
+            if g is not None and spatial.guidance_norm is not None:
+                g = spatial.guidance_norm(g.permute(0, 2, 3, 1))
+            blocks = [spatial.block_1, spatial.block_2]
+            shared = [block.hoist(g) for block in blocks]
+
+            def enter(x: Tensor, y: Tensor | None, first: bool = i == 0) -> Tensor:
+                if not first:
+                    return up_added(x, y)
+                return self.embed(x.transpose(1, 2)).permute(0, 2, 3, 4, 1).contiguous()
+
+            # The backward pass calls these again, after the loop: what differs from layer to layer is bound here.
+            def first_block(
+                x: Tensor,
+                y: Tensor | None,
+                enter: _Region = enter,
+                block: SwinBlock = blocks[0],
+                shared: _Shared = shared[0],
+            ) -> Tensor:
+                return block.forward_fast(enter(x, y), *shared)
+
+            def second_block(x: Tensor, block: SwinBlock = blocks[1], shared: _Shared = shared[1]) -> Tensor:
+                return block.forward_fast(x, *shared)
+
+            def both(x: Tensor, y: Tensor | None, one: _Region = first_block, two: _Region = second_block) -> Tensor:
+                return two(one(x, y))
+
+            pooled = []
+            for j, x in enumerate(maps):
+                if self.memory == "fast":
+                    maps[j] = run(second_block, run(first_block, x, added[j]))
+                else:
+                    # the embedding's convolution is cheap and its map as large as any: not kept
+                    maps[j] = region("attention" if self.memory == "balanced" else "lean", both, x, added[j])
+                pooled.append(pool(maps[j]))  # outside the region, which would have to compute its result again for it
+            y = torch.cat(pooled, dim=1).transpose(1, 2)  # [B, ph * pw, T, C]
+            del pooled
+            q, k = classes.hoist(text)
+            pixels = max(1, -(-ph * pw * chunk // t))  # the same share of the pixels
+            parts = [run(classes.forward_fast, part, q, k) for part in y.split(pixels, dim=1)]
+            added = list(torch.cat(parts, dim=1).transpose(1, 2).split(chunk, dim=1))
+
+        projected = self._decoder_guidance(guidance)
+        one, two = self.decoder1.fold(projected[0], h, w), self.decoder2.fold(projected[1], 2 * h, 2 * w)
+
+        def decode(x: Tensor, y: Tensor | None) -> Tensor:  # [B, t, H, W, C] -> [B, t, 4H, 4W]
+            z = up_added(x, y).flatten(0, 1).permute(0, 3, 1, 2)
+            z = self.decoder2.forward_fast(self.decoder1.forward_fast(z, *one), *two)
+            return F.conv2d(z, self.head.weight, padding=1)[:, 0].unflatten(0, (b, -1))
+
+        if not self.layers:
+            maps = [self.embed(x.transpose(1, 2)).permute(0, 2, 3, 4, 1) for x in maps]
+        assert self.head.bias is not None
+        return torch.cat([run(decode, x, y) for x, y in zip(maps, added, strict=True)], dim=1) + self.head.bias
 
     def _check(self, image_feats: Tensor, text_feats: Tensor, guidance: Sequence[Tensor]) -> None:
         if image_feats.dim() != 4:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infoclip.model.fast import guided_linear, window_attention
+from infoclip.model.fast import guidance_product, guided_linear, window_attention
 
 __all__ = ["ClassAttention", "SwinBlock", "WindowAttention", "window_and_shift", "window_mask"]
 
@@ -148,32 +148,49 @@ class SwinBlock(nn.Module):
         mask = window_mask(height, width, *window_and_shift(height, width, self.window, self.shift))
         return None if mask is None else mask.to(device)
 
+    def _to_windows(self, y: Tensor) -> Tensor:  # [B, T, H, W, C] -> [windows, B, T, L, C]
+        b, t, height, width, dim = y.shape
+        window, shift = window_and_shift(height, width, self.window, self.shift)
+        y = F.pad(y, (0, 0, 0, -width % window, 0, -height % window))
+        if shift > 0:
+            y = y.roll((-shift, -shift), (2, 3))
+        y = y.view(b, t, y.shape[2] // window, window, y.shape[3] // window, window, dim)
+        return y.permute(2, 4, 0, 1, 3, 5, 6).reshape(-1, b, t, window * window, dim)
+
+    def _from_windows(self, y: Tensor, height: int, width: int) -> Tensor:  # the way back
+        _, b, t, _, dim = y.shape
+        window, shift = window_and_shift(height, width, self.window, self.shift)
+        rows, columns = -(-height // window), -(-width // window)
+        y = y.view(rows, columns, b, t, window, window, dim).permute(2, 3, 0, 4, 1, 5, 6)
+        y = y.reshape(b, t, rows * window, columns * window, dim)
+        if shift > 0:
+            y = y.roll((shift, shift), (2, 3))
+        return y[:, :, :height, :width]
+
+    def hoist(
+        self,
+        guidance: Tensor | None,  # [B, H, W, G]
+    ) -> tuple[Tensor | None, Tensor | None]:  # each [windows, B, 1, L, C]
+        """The guidance's share of queries and keys, once an image."""
+        if guidance is None:
+            return None, None
+        g = self._to_windows(guidance[:, None])
+        return guidance_product(self.attn.q, g), guidance_product(self.attn.k, g)
+
     def forward_fast(
         self,
-        x: Tensor,  # [M, H, W, C], the classes of an image together
-        guidance: Tensor | None,  # [B, H, W, G]
-    ) -> Tensor:  # [M, H, W, C]
+        x: Tensor,  # [B, T, H, W, C]
+        shared_q: Tensor | None,  # of hoist
+        shared_k: Tensor | None,
+    ) -> Tensor:  # [B, T, H, W, C]
         """The same, with the guidance's products once an image and without stored probabilities."""
-        m, height, width, dim = x.shape
-        window, shift = window_and_shift(height, width, self.window, self.shift)
-
-        def frame(y: Tensor) -> Tensor:
-            y = F.pad(y, (0, 0, 0, -width % window, 0, -height % window))
-            return y.roll((-shift, -shift), (1, 2)) if shift > 0 else y
-
-        y = frame(self.norm1(x))
-        tall, wide = y.shape[1:3]
-        b = m if guidance is None else guidance.shape[0]
-        g = None if guidance is None else frame(guidance).reshape(b, 1, tall * wide, -1)
-        y = y.reshape(b, m // b, tall * wide, dim)
-        shape = (m, tall // window, window, wide // window, window, dim)
-        q, k = (guided_linear(layer, y, g).view(shape) for layer in (self.attn.q, self.attn.k))
+        height, width = x.shape[2:4]
+        y = self._to_windows(self.norm1(x))
+        q, k = guided_linear(self.attn.q, y, shared_q), guided_linear(self.attn.k, y, shared_k)
+        q, k, v = (z.flatten(1, 2) for z in (q, k, self.attn.v(y)))
         mask = self.mask_for(height, width, x.device)
-        y = window_attention(q, k, self.attn.v(y).view(shape), self.attn.num_heads, mask)
-        y = self.attn.proj(y).view(m, tall, wide, dim)
-        if shift > 0:
-            y = y.roll((shift, shift), (1, 2))
-        x = x + y[:, :height, :width]
+        y = self.attn.proj(window_attention(q, k, v, self.attn.num_heads, mask)).view(y.shape)
+        x = x + self._from_windows(y, height, width)
         return x + self.mlp(self.norm2(x))
 
     def forward(
@@ -219,20 +236,26 @@ class ClassAttention(nn.Module):
         self.k = nn.Linear(dim + guidance_dim, dim)
         self.v = nn.Linear(dim, dim)
 
+    def hoist(
+        self,
+        guidance: Tensor | None,  # [B, T, G]
+    ) -> tuple[Tensor | None, Tensor | None]:  # each [B, 1, T, C]
+        """The guidance's share of queries and keys, once an image."""
+        if guidance is None:
+            return None, None
+        return guidance_product(self.q, guidance)[:, None], guidance_product(self.k, guidance)[:, None]
+
     def forward_fast(
         self,
-        x: Tensor,  # [M, T, C], the pixels of an image together
-        guidance: Tensor | None,  # [B, T, G]
-    ) -> Tensor:  # [M, T, C]
+        x: Tensor,  # [B, N, T, C], the pixels of an image together
+        shared_q: Tensor | None,  # of hoist
+        shared_k: Tensor | None,
+    ) -> Tensor:  # [B, N, T, C]
         """The same, with the guidance's products once an image."""
-        m, classes, dim = x.shape
-        b = m if guidance is None else guidance.shape[0]
-        g = None if guidance is None else guidance[:, None]
-        y = x.view(b, m // b, classes, dim)
-        q, k = (guided_linear(z, y, g).view(m, classes, self.num_heads, -1) for z in (self.q, self.k))
-        v = self.v(x).view(m, classes, self.num_heads, -1)
+        q, k = guided_linear(self.q, x, shared_q), guided_linear(self.k, x, shared_k)
+        q, k, v = (z.flatten(0, 1).unflatten(-1, (self.num_heads, -1)) for z in (q, k, self.v(x)))
         attend = linear_attention if self.attention_type == "linear" else full_attention
-        return attend(q, k, v).reshape(m, classes, dim)
+        return attend(q, k, v).reshape(x.shape)
 
     def forward(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from infoclip.model.fast import up_convolution
+from infoclip.model.fast import fold_up, up_convolution
 
 __all__ = ["DoubleConv", "UpBlock"]
 
@@ -57,15 +57,25 @@ class UpBlock(nn.Module):
             x = torch.cat([x, guidance.repeat_interleave(classes, dim=0).to(x.dtype)], dim=1)
         return self.conv(x)
 
+    def fold(
+        self,
+        guidance: Tensor | None,  # [B, guidance, 2H, 2W]
+        height: int,
+        width: int,
+    ) -> tuple[Tensor, Tensor]:
+        """What ``forward_fast`` needs beside the map, the same for every class: :func:`infoclip.model.fast.fold_up`."""
+        first = self.conv.double_conv[0]
+        assert isinstance(first, nn.Conv2d)
+        return fold_up(self.up, first, guidance, height, width)
+
     def forward_fast(
         self,
         x: Tensor,  # [B * T, in, H, W]
-        guidance: Tensor | None,  # [B, guidance, 2H, 2W]
+        folded: Tensor,
+        shared: Tensor,
     ) -> Tensor:  # [B * T, out, 2H, 2W]
         """The same, with the up-sampling folded into the next convolution and the guidance's share once an image."""
-        first, *rest = self.conv.double_conv
-        assert isinstance(first, nn.Conv2d)
-        x = up_convolution(self.up, first, x, guidance)
-        for layer in rest:
+        x = up_convolution(x, folded, shared)
+        for layer in list(self.conv.double_conv)[1:]:
             x = layer(x)
         return x

@@ -23,42 +23,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["fold_transposed", "guided_linear", "up_convolution", "window_attention"]
+__all__ = ["fold_transposed", "fold_up", "guidance_product", "guided_linear", "up_convolution", "window_attention"]
 
 
 def guided_linear(
     layer: nn.Linear,
-    x: Tensor,  # [B, N, M, C]
-    guidance: Tensor | None,  # [B, 1, M, G] or [B, N, 1, G]: without the axis that it does not depend on
-) -> Tensor:  # [B, N, M, out]
-    """``layer([x, guidance])`` with the guidance's share computed once."""
-    if guidance is None:
+    x: Tensor,  # [..., C]
+    shared: Tensor | None,  # of guidance_product, broadcast over the axis that it does not depend on
+) -> Tensor:  # [..., out]
+    """``layer([x, guidance])`` with the guidance's share computed before."""
+    if shared is None:
         return layer(x)
-    dim = x.shape[-1]
-    y = F.linear(x, layer.weight[:, :dim])
-    return y + F.linear(guidance, layer.weight[:, dim:], layer.bias).to(y.dtype)
+    y = F.linear(x, layer.weight[:, : x.shape[-1]])
+    return y + shared.to(y.dtype)
+
+
+def guidance_product(
+    layer: nn.Linear,
+    guidance: Tensor,  # [..., G]
+) -> Tensor:  # [..., out]
+    """The guidance's share of ``layer([x, guidance])``, with the bias."""
+    return F.linear(guidance, layer.weight[:, layer.in_features - guidance.shape[-1] :], layer.bias)
 
 
 def window_attention(
-    q: Tensor,  # [M, rows, window, columns, window, C]
+    q: Tensor,  # [windows, M, L, C]
     k: Tensor,  # as q
     v: Tensor,  # as q
     num_heads: int,
-    mask: Tensor | None,  # [rows * columns, window**2, window**2]
+    mask: Tensor | None,  # [windows, L, L]
 ) -> Tensor:  # as q
     """Softmax attention within each window; probabilities are not stored."""
-    m, rows, window, columns, _, dim = q.shape
-    length = window * window
 
-    def heads(x: Tensor) -> Tensor:  # -> [M, rows * columns * heads, length, C / heads]
-        x = x.view(m, rows, window, columns, window, num_heads, dim // num_heads).permute(0, 1, 3, 5, 2, 4, 6)
-        return x.reshape(m, rows * columns * num_heads, length, dim // num_heads)
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:  # [N, L, C] -> [N, L, C]
+        q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
-    q, k, v = heads(q), heads(k), heads(v)
-    bias = None if mask is None else mask.to(q.dtype).repeat_interleave(num_heads, dim=0)[None]
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    y = y.view(m, rows, columns, num_heads, window, window, dim // num_heads).permute(0, 1, 4, 2, 5, 3, 6)
-    return y.reshape(m, rows, window, columns, window, dim)
+    if mask is None:
+        return attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), None).view_as(q)
+    # A window at a time: its mask is then the same for all, and need not be repeated.
+    return torch.stack([attend(q[w], k[w], v[w], mask[w].to(q.dtype)[None, None]) for w in range(q.shape[0])])
 
 
 @functools.cache
@@ -88,27 +92,36 @@ def fold_transposed(
     return folded.reshape(-1, up.shape[0], 2, 2)
 
 
-def up_convolution(
+def fold_up(
     up: nn.ConvTranspose2d,
     conv: nn.Conv2d,
-    x: Tensor,  # [B * T, C, H, W]
     guidance: Tensor | None,  # [B, G, 2H, 2W]
-) -> Tensor:  # [B * T, out, 2H, 2W]
-    """``conv([up(x), guidance])`` on the small grid."""
-    m, _, h, w = x.shape
+    height: int,
+    width: int,
+) -> tuple[Tensor, Tensor]:  # [4 * out, C, 2, 2], [B or 1, out, 2H, 2W]
+    """What ``conv([up(x), guidance])`` holds beside ``x``, a map of ``height x width``: the kernel and a constant."""
     assert up.bias is not None
-    middle, out = up.out_channels, conv.out_channels
-    place = x.device.type
+    middle, place = up.out_channels, up.weight.device.type
     known = torch.amp.is_autocast_available(place)  # not on meta tensors
     with torch.autocast(place, enabled=False) if known else contextlib.nullcontext():  # folded in their own precision
         folded = fold_transposed(up.weight, conv.weight[:, :middle])
         # The transposed convolution's bias meets the zero padding of the next one: it is no constant at the border.
-        flat = up.bias[None, :, None, None].expand(1, middle, 2 * h, 2 * w)
+        flat = up.bias[None, :, None, None].expand(1, middle, 2 * height, 2 * width)
         shared = F.conv2d(flat, conv.weight[:, :middle], padding=1)  # [1, out, 2H, 2W]
-    y = F.conv2d(x, folded, padding=1).view(m, 2, 2, out, h + 1, w + 1)
-    phases = [y[:, p, q, :, p : p + h, q : q + w] for p in range(2) for q in range(2)]
-    y = torch.stack(phases, dim=-1).view(m, out, h, w, 2, 2).permute(0, 1, 2, 4, 3, 5).reshape(m, out, 2 * h, 2 * w)
     if guidance is not None:
         shared = shared + F.conv2d(guidance, conv.weight[:, middle:], padding=1)
-    b = shared.shape[0]
-    return (y.view(b, -1, *y.shape[1:]) + shared[:, None].to(y.dtype)).flatten(0, 1)
+    return folded, shared
+
+
+def up_convolution(
+    x: Tensor,  # [B * T, C, H, W]
+    folded: Tensor,  # [4 * out, C, 2, 2], of fold_up
+    shared: Tensor,  # [B or 1, out, 2H, 2W], of fold_up
+) -> Tensor:  # [B * T, out, 2H, 2W], channels last
+    """``conv([up(x), guidance])`` on the small grid."""
+    m, _, h, w = x.shape
+    out, b = shared.shape[1], shared.shape[0]
+    y = F.conv2d(x, folded, padding=1).permute(0, 2, 3, 1).unflatten(-1, (2, 2, out))
+    rows = [torch.stack([y[:, p : p + h, q : q + w, p, q] for q in range(2)], dim=3) for p in range(2)]
+    y = torch.stack(rows, dim=2).view(b, m // b, 2 * h, 2 * w, out)
+    return (y + shared.permute(0, 2, 3, 1)[:, None].to(y.dtype)).flatten(0, 1).permute(0, 3, 1, 2)

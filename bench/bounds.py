@@ -1,0 +1,247 @@
+"""``python -m bench bounds``: what a training step of the cost aggregation computes and keeps, counted, per mode.
+
+No number is computed: tensors without storage (fake tensors) go through the forward and the backward pass of one image
+at the published size, and the counts are the same on every machine. Kept for the backward pass is every storage that
+lives on between the two, inputs and parameters aside. ``--time`` runs the passes on the CPU instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from infoclip.config import ModelConfig
+from infoclip.model.aggregator import Aggregator
+from infoclip.model.attention import window_mask
+from infoclip.model.memory import MODES, MemoryMode
+
+__all__ = ["BOUNDS", "ORDER", "PUBLISHED", "Counts", "broken", "count", "main", "times"]
+
+ORDER: tuple[MemoryMode, ...] = ("reference", *(mode for mode in MODES if mode != "reference"))
+PUBLISHED = 171
+"""Classes for which the bounds are stated."""
+FORWARD = 335e9
+"""FLOP of the forward pass of every mode but the plain form, at 171 classes."""
+BOUNDS = {"fast": (3.2e9, 1.0), "balanced": (1.0e9, 1.25), "lean": (0.35e9, 1.45)}
+"""Bytes kept in float32 (half of it in bfloat16), and FLOP of forward and backward in those of ``fast``."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one image: FLOP of the forward pass, of both passes, and bytes kept between them."""
+
+    forward: float
+    both: float
+    kept: int
+
+
+class _Storages(TorchDispatchMode):
+    """Remembers every storage that an operator made, without keeping it alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                reference = StorageWeakRef(x.untyped_storage())
+                self.found[reference.cdata] = (reference, x.untyped_storage().nbytes())
+        return out
+
+    def alive(self) -> dict[int, int]:
+        gc.collect()
+        return {key: size for key, (reference, size) in self.found.items() if not reference.expired()}
+
+
+def _attention(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def _attention_backward(d: Any, q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return sdpa_backward_flop_count(d, q, k, v)
+
+
+_CPU_ATTENTION = {  # torch counts the kernels of GPUs alone
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+@contextmanager
+def _fake() -> Iterator[None]:
+    window_mask.cache_clear()  # a cached mask belongs to where it was made
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        window_mask.cache_clear()
+
+
+@contextmanager
+def _flops() -> Iterator[FlopCounterMode]:
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        yield counter
+
+
+def count(mode: str, classes: int = 171, dtype: torch.dtype = torch.float32, chunk: int = 0) -> Counts:
+    """Counts of one image on a 24 x 24 grid with the published widths (embeddings of 512 channels).
+
+    Args:
+        mode: a memory mode (:mod:`infoclip.model.memory`).
+        classes: T.
+        dtype: ``torch.bfloat16`` for autocast.
+        chunk: classes worked on at once; 0 for the mode's own choice on a CPU.
+    """
+    config = ModelConfig(memory=mode, class_chunk=chunk)  # type: ignore[arg-type]
+    with _fake():
+        model = Aggregator(config, 512, 512)
+        dense, text = torch.empty(1, 512, 24, 24), torch.empty(classes, 1, 512)
+        guidance = [dense, torch.empty(1, 256, 48, 48), torch.empty(1, 128, 96, 96)]
+        leaves = [x.requires_grad_() for x in (dense, text, *guidance[1:])]
+        given = {StorageWeakRef(x.untyped_storage()).cdata for x in [*leaves, *model.parameters(), *model.buffers()]}
+        with _flops() as counter:
+            with _Storages() as storages, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                logits = model(dense, text, guidance)
+            forward = counter.get_total_flops()
+            kept = {key: size for key, size in storages.alive().items() if key not in given}
+            logits.float().sum().backward()
+        both = counter.get_total_flops()
+    return Counts(forward, both, sum(kept.values()) - logits.numel() * logits.element_size())
+
+
+def broken(counts: dict[str, Counts], half: bool = False) -> list[str]:
+    """One sentence for each bound that the counts at 171 classes break."""
+    faults = []
+    for mode, (kept, ratio) in BOUNDS.items():
+        x = counts[mode]
+        kept /= 2 if half else 1
+        if x.forward > FORWARD:
+            faults.append(f"{mode}: {x.forward / 1e9:.0f} GFLOP forward, more than {FORWARD / 1e9:.0f}")
+        if x.kept > kept:
+            faults.append(f"{mode}: {x.kept / 1e9:.2f} GB kept, more than {kept / 1e9:.2f}")
+        if x.both > 1.0001 * ratio * counts["fast"].both:
+            faults.append(f"{mode}: {x.both / counts['fast'].both:.2f} x the FLOP of fast, more than {ratio}")
+    return faults
+
+
+def times(classes: int, rounds: int, chunk: int = 0) -> dict[str, tuple[float, list[float]]]:
+    """Forward and backward of one image on the CPU in float32: relative difference of the logits, seconds a round.
+
+    The modes take turns, so that what the machine does beside them meets all alike. The difference is to the plain form
+    and of the first round; above 1e-4 (float32 in another order) there is no figure.
+
+    Raises:
+        RuntimeError: a mode gives other logits than the plain form.
+    """
+    torch.manual_seed(0)
+    model = Aggregator(ModelConfig(), 512, 512)
+    image, text = torch.randn(1, 512, 24, 24), torch.randn(classes, 1, 512)
+    guidance = [image, torch.randn(1, 256, 48, 48), torch.randn(1, 128, 96, 96)]
+    found: dict[str, tuple[float, list[float]]] = {mode: (0.0, []) for mode in ORDER}
+    plain = None
+    for mode in ORDER:  # what is set up at the first call
+        model.use_memory(mode)(image, text[:2], guidance).sum().backward()
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("forward and backward", total=rounds * len(ORDER))
+        for _ in range(rounds):
+            for mode in ORDER:
+                model.use_memory(mode, chunk).zero_grad()
+                start = time.perf_counter()
+                logits = model(image, text, guidance)
+                logits.square().mean().backward()
+                seconds = time.perf_counter() - start
+                logits = logits.detach()
+                plain = logits if plain is None else plain
+                difference = float((logits - plain).norm() / plain.norm())
+                if difference > 1e-4:
+                    raise RuntimeError(f"{mode}: the logits differ by {difference:.1e} from the plain form's")
+                found[mode] = (difference, [*found[mode][1], seconds])
+                progress.advance(task)
+    return found
+
+
+def _show_times(classes: int, rounds: int, chunk: int) -> int:
+    from bench.harness import machine
+
+    found = times(classes, rounds, chunk)
+    plain = statistics.median(found["reference"][1])
+    print(f"{machine()}\n\none image, {classes} classes, float32, forward and backward\n")
+    print("| mode | median s | rounds s | x reference | logits differ by |\n|---|---|---|---|---|")
+    for mode, (difference, seconds) in found.items():
+        median = statistics.median(seconds)
+        each = ", ".join(f"{x:.2f}" for x in seconds)
+        print(f"| {mode} | {median:.2f} | {each} | {plain / median:.2f} | {difference:.0e} |")
+    return 0
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.removeprefix("-").isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+        return int(text)
+
+    return parse
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; 1 when a bound is broken."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench bounds",
+        description="What a training step of the aggregation computes and keeps for the backward pass, counted without "
+        "computing: one image, published size, every memory mode. Fails when a bound is broken.",
+    )
+    parser.add_argument("--classes", type=_at_least(1), default=PUBLISHED, metavar="T", help="default: 171")
+    parser.add_argument(
+        "--chunk",
+        type=_at_least(0),
+        metavar="N",
+        help="classes worked on at once; 0: the mode's own, which counts the same, but slower (default: 86; timed: 0)",
+    )
+    parser.add_argument(
+        "--time",
+        type=_at_least(1),
+        metavar="ROUNDS",
+        help="instead of counting, time forward and backward on the CPU (about a minute a round and 10 GB on 2 cores)",
+    )
+    options = parser.parse_args(argv)
+    if options.time:
+        return _show_times(options.classes, options.time, options.chunk or 0)
+    chunk = 86 if options.chunk is None else options.chunk
+    print(f"one image, {options.classes} classes, grid 24 x 24, 128 channels; torch {torch.__version__}\n")
+    print("| mode | precision | forward GFLOP | forward + backward | x fast | kept for backward GB |")
+    print("|---|---|---|---|---|---|")
+    faults = []
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        counts = {mode: count(mode, options.classes, dtype, chunk) for mode in ORDER}
+        for mode, x in counts.items():
+            ratio = x.both / counts["fast"].both
+            print(
+                f"| {mode} | {name} | {x.forward / 1e9:.0f} | {x.both / 1e9:.0f} | {ratio:.2f} | {x.kept / 1e9:.2f} |",
+                flush=True,
+            )
+        if options.classes == PUBLISHED:
+            faults += [f"{name}, {fault}" for fault in broken(counts, half=dtype == torch.bfloat16)]
+    print()
+    if options.classes != PUBLISHED:
+        print(f"The bounds are stated for {PUBLISHED} classes: not checked.")
+    else:
+        print("\n".join(f"BROKEN {fault}" for fault in faults) or "Every bound is kept.")
+    return 1 if faults else 0
