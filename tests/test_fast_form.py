@@ -154,6 +154,19 @@ def test_command_prints_the_counts_and_fails_on_a_broken_bound(monkeypatch, caps
     assert "stated for 171 classes: not checked" in capsys.readouterr().out
 
 
+def test_command_times_the_modes_and_tells_no_figure_of_other_values(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(bounds, "ORDER", ("reference", "lean"))
+    assert command.main(["bounds", "--time", "1", "--classes", "2"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| reference", "| lean"))]
+    assert len(rows) == 2
+    whole = Aggregator.decode  # of the plain form alone
+    monkeypatch.setattr(Aggregator, "decode", lambda self, x, guidance: 1.001 * whole(self, x, guidance))
+    assert command.main(["bounds", "--time", "1", "--classes", "2"]) == 1
+    printed = capsys.readouterr()
+    assert "| lean" not in printed.out
+    assert "error: lean: the logits differ by" in printed.err
+
+
 @pytest.mark.parametrize("arguments", [["--classes", "0"], ["--classes", "x"], ["--chunk", "-1"], ["--mode", "lean"]])
 def test_command_refuses_in_one_sentence(arguments: list[str], capsys) -> None:
     with pytest.raises(SystemExit) as ended:
