@@ -11,6 +11,7 @@
 #include "cost_volume/cost_volume.hpp"
 #include "infonce/infonce.hpp"
 #include "ms_deform_attn/ms_deform_attn.hpp"
+#include "renyi_mutual_information/renyi.hpp"
 #include "upsample_bce/upsample_bce.hpp"
 
 namespace py = pybind11;
@@ -301,6 +302,35 @@ PYBIND11_MODULE(_C, m) {
       py::arg("value_s"), py::arg("locations"), py::arg("weights"), py::arg("levels"), py::arg("grad"),
       py::arg("d_value"), py::arg("d_locations"), py::arg("d_weights"), py::arg("order"), py::arg("starts"),
       py::arg("isa"), py::arg("threads"), py::arg("stream"));
+  m.def(
+      "renyi_information",
+      [](const std::array<int64_t, 2>& sizes, int dtype, const std::vector<int64_t>& widths,
+         const std::vector<uintptr_t>& x, const std::vector<Strides3>& x_s, const std::vector<bool>& unit,
+         const std::vector<int>& weights, uintptr_t value, const std::vector<uintptr_t>& grad, const std::string& isa,
+         int threads) {
+        RenyiInformation p{};
+        p.B = sizes[0], p.N = sizes[1], p.views = static_cast<int>(x.size()), p.dtype = dtype;
+        INFOCLIP_CHECK(p.views == 2 || p.views == 3, "there are not 2 or 3 views");
+        INFOCLIP_CHECK(widths.size() == x.size() && x_s.size() == x.size() && unit.size() == x.size() &&
+                           grad.size() == x.size() && weights.size() == x.size() + 1,
+                       "the lists differ in length");
+        INFOCLIP_CHECK(p.B > 0 && p.N > 0, "a size is not above 0");
+        INFOCLIP_CHECK(dtype >= kFloat && dtype <= kDouble, "unknown dtype");
+        p.weights[0] = weights[0];
+        for (int v = 0; v < p.views; ++v) {
+          INFOCLIP_CHECK(widths[v] > 0, "a size is not above 0");
+          p.D[v] = widths[v], p.unit[v] = unit[v], p.weights[1 + v] = weights[1 + v];
+          p.x[v] = reinterpret_cast<const void*>(x[v]);
+          std::copy(x_s[v].begin(), x_s[v].end(), p.x_s[v]);
+          p.grad[v] = reinterpret_cast<void*>(grad[v]);
+        }
+        p.value = reinterpret_cast<void*>(value);
+        const Isa chosen = parse_isa(isa);
+        py::gil_scoped_release release;
+        renyi_information_cpu(p, chosen, threads);
+      },
+      py::kw_only(), py::arg("sizes"), py::arg("dtype"), py::arg("widths"), py::arg("x"), py::arg("x_s"),
+      py::arg("unit"), py::arg("weights"), py::arg("value"), py::arg("grad"), py::arg("isa"), py::arg("threads"));
 #ifdef INFOCLIP_WITH_CUDA
   m.def(
       "upsample_bce_work_bytes",

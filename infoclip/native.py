@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ __all__ = [
     "infonce_forward",
     "ms_deform_attn_backward",
     "ms_deform_attn_forward",
+    "renyi_information",
     "upsample_bce",
     "why_not",
 ]
@@ -396,3 +398,33 @@ def ms_deform_attn_backward(
             isa=isa,
             threads=threads if threads is not None else torch.get_num_threads(),
         )
+
+
+def renyi_information(
+    views: Sequence[Tensor],  # [B, N, D_i] each
+    units: Sequence[bool],
+    weights: Sequence[int],
+    value: Tensor,  # [B] wide contiguous: float32, float64 for float64 views; written
+    grads: Sequence[Tensor | None],  # [B, N, D_i] wide contiguous; written
+    *,
+    isa: str = "auto",
+    threads: int | None = None,
+) -> None:
+    """Write the weighted entropies of order 2 and their gradients in the views whose entry is not None; on the CPU.
+
+    Two or three views of one dtype. ``units`` names those whose rows are L2-normalised first; ``weights`` are -1, 0 or
+    1, of the joint entropy and of each view's. ``isa``, ``threads`` and errors as :func:`cost_volume_forward`.
+    """
+    _load().renyi_information(
+        sizes=list(views[0].shape[:2]),
+        dtype=DTYPES[views[0].dtype],
+        widths=[v.shape[2] for v in views],
+        x=[v.data_ptr() for v in views],
+        x_s=[_strides(v) for v in views],
+        unit=list(units),
+        weights=list(weights),
+        value=value.data_ptr(),
+        grad=[_address(g) for g in grads],
+        isa=isa,
+        threads=threads if threads is not None else torch.get_num_threads(),
+    )

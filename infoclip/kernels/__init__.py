@@ -20,7 +20,7 @@ import torch
 __all__ = ["BACKENDS", "OPS", "BackendUnavailableError", "Op", "choose", "explain", "ops", "register", "why_not"]
 
 BACKENDS = ("reference", "triton", "native")
-ROOMS = ("cost_volume", "infonce", "ms_deform_attn", "upsample_bce")
+ROOMS = ("cost_volume", "infonce", "ms_deform_attn", "renyi_mutual_information", "upsample_bce")
 
 # In a bare checkout the rooms lie in the sibling folder kernels/ and nobody has mapped them.
 _rooms = Path(__file__).resolve().parent.parent.parent / "kernels"

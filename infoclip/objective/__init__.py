@@ -1,8 +1,6 @@
 """The alignment objective: LPAM, mutual information (matrix-based Renyi or InfoNCE), distillation baselines."""
 
-from infoclip.objective.alignment import AlignmentObjective, AlignmentOutput, Embeddings
-from infoclip.objective.baselines import kl_distillation, pooled_distillation, representation_compensation, strip_pool
-from infoclip.objective.entropy import (
+from infoclip.kernels.renyi_mutual_information import (
     compression_loss,
     normalized_gram,
     renyi_entropy,
@@ -10,6 +8,8 @@ from infoclip.objective.entropy import (
     renyi_mutual_information,
     transfer_loss,
 )
+from infoclip.objective.alignment import AlignmentObjective, AlignmentOutput, Embeddings
+from infoclip.objective.baselines import kl_distillation, pooled_distillation, representation_compensation, strip_pool
 from infoclip.objective.infonce import InfoNCE, infonce
 from infoclip.objective.lpam import LPAM, cosine_map
 from infoclip.objective.mask_aware import mask_aware_loss, soft_iou

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from infoclip.config import AlignConfig
+from infoclip.kernels.renyi_mutual_information import compression_loss, transfer_loss
 from infoclip.objective.baselines import kl_distillation, pooled_distillation, representation_compensation
-from infoclip.objective.entropy import compression_loss, transfer_loss
 from infoclip.objective.infonce import infonce
 from infoclip.objective.lpam import LPAM, cosine_map
 from infoclip.objective.numerics import full_precision, unit, widened
