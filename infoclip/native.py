@@ -35,6 +35,17 @@ DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bflo
 """The dtypes that the native kernels take, by their code in ``csrc/``; float64 on the CPU only."""
 
 
+ENTRIES = (
+    "build_info",
+    "cost_volume_forward",
+    "infonce_forward",
+    "ms_deform_attn_forward",
+    "renyi_information",
+    "upsample_bce",
+)
+"""What a build of these sources has, one name an op: a module that lacks one is a build of older sources."""
+
+
 class NativeUnavailableError(RuntimeError):
     """The native module was used where it cannot run; the message says why and how to mend it."""
 
@@ -54,7 +65,14 @@ class MissingBuild:
 @functools.cache
 def _load() -> Any:
     try:
-        return importlib.import_module("infoclip._C")
+        module = importlib.import_module("infoclip._C")
+        lacking = [name for name in ENTRIES if not hasattr(module, name)]
+        if lacking:
+            return MissingBuild(
+                f"the native module was built from other sources ({lacking[0]} is not in it): build it again with "
+                "'make setup', or 'pip install --no-build-isolation --no-deps -e .' in the source tree."
+            )
+        return module
     except ModuleNotFoundError as error:
         if error.name != "infoclip._C":
             return MissingBuild(f"the native module did not load: {error}.")

@@ -63,6 +63,23 @@ def test_without_a_build_auto_steps_down_and_a_name_raises(missing):
         native.cost_volume_forward(x, x, x[None], 1.0)
 
 
+def test_a_build_of_older_sources_says_so(monkeypatch):
+    class Older:
+        def build_info(self) -> dict[str, object]:
+            return {}
+
+    monkeypatch.setitem(sys.modules, "infoclip._C", Older())
+    native._load.cache_clear()
+    try:
+        reason = native.why_not("cpu")
+        assert reason is not None
+        assert "built from other sources (cost_volume_forward is not in it)" in reason
+        assert "make setup" in reason
+        assert kernels.choose("cost_volume", None, "cpu", torch.float32) == "reference"
+    finally:
+        native._load.cache_clear()
+
+
 def test_an_instruction_set_that_is_not_there():
     x = torch.ones(1, 1, 1)
     with pytest.raises(ValueError, match="unknown instruction set 'mmx'"):

@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(THREADS) pixels(Problem<S> p) {
         const int64_t id = p.order[i];
         const float fx = p.locations[2 * id] * w - 0.5f - (cx - 1), fy = p.locations[2 * id + 1] * h - 0.5f - (cy - 1);
         const float share = (c / 2 ? 1.0f - fy : fy) * (c % 2 ? 1.0f - fx : fx) * p.weights[id];
-        const int64_t query = b * p.Q + id / per_query % p.Q;
+        const int64_t query = id / per_query;  // of all images: samples are numbered through the batch
         if (d < p.D) sum += share * widen(p.grad[(query * p.M + m) * p.D + d]);
       }
     }
