@@ -11,7 +11,25 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-__all__ = ["assert_compiles", "assert_passes_in_the_interpreter", "nan_filled_memory"]
+from infoclip import native
+
+__all__ = [
+    "BACKENDS",
+    "EPS",
+    "INTERPRETED",
+    "assert_compiles",
+    "assert_passes_in_the_interpreter",
+    "nan_filled_memory",
+    "needs_native",
+]
+
+EPS = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float64: 2**-53}
+"""The rounding of each dtype: half a unit in the last place of 1."""
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether this process runs Triton's kernels in the interpreter; its tests take that form alone."""
+needs_native = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
+BACKENDS = ["triton"] if INTERPRETED else [pytest.param("native", marks=needs_native)]
+"""What an op's tests hold to its reference."""
 
 
 @contextmanager

@@ -6,11 +6,17 @@ off, times ``SLACK``, plus ``FLOOR`` + sqrt(longest sum) / 4 units of the dtype'
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-from kernel_checks import assert_compiles, assert_passes_in_the_interpreter, nan_filled_memory
+from kernel_checks import (
+    BACKENDS,
+    EPS,
+    INTERPRETED,
+    assert_compiles,
+    assert_passes_in_the_interpreter,
+    nan_filled_memory,
+    needs_native,
+)
 from torch import Tensor
 
 from infoclip import kernels, native
@@ -20,11 +26,7 @@ from infoclip.kernels.cost_volume.op import cost_volume as op
 
 SLACK = 2.0  # two orders of summation of the same terms: each is as good as the other, within a small factor
 FLOOR = 4.0  # norm, division, product and final rounding: one unit each; a running sum of K terms wanders by sqrt(K)
-EPS = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float64: 2**-53}
 
-needs_native = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = ["triton"] if INTERPRETED else [pytest.param("native", marks=needs_native)]
 
 # B, N, T, P, d. A register block of AVX-512 is 12 x 32, a tile 48 x 128; Triton's is 64 x 64 x 32; depth blocks of 256.
 SIZES = [

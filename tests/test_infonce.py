@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
 import subprocess
 import sys
 
@@ -14,7 +13,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import assert_compiles, assert_passes_in_the_interpreter, nan_filled_memory
+from kernel_checks import (
+    BACKENDS,
+    EPS,
+    INTERPRETED,
+    assert_compiles,
+    assert_passes_in_the_interpreter,
+    nan_filled_memory,
+    needs_native,
+)
 from torch import Tensor
 
 from infoclip import kernels, native
@@ -126,13 +133,8 @@ def test_misuse(error: type[Exception], arguments: tuple) -> None:
 
 SLACK = 2.0  # two orders of summation of the same terms: each is as good as the other, within a small factor
 FLOOR = 6.0  # product, scale, exponential, logarithm, difference and final rounding: one unit each
-EPS = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float64: 2**-53}
 
 kernels.ops()
-NO_NATIVE = kernels.why_not("infonce", "native", "cpu")
-needs_native = pytest.mark.skipif(NO_NATIVE is not None, reason=str(NO_NATIVE))
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = ["triton"] if INTERPRETED else [pytest.param("native", marks=needs_native)]
 
 # B, N, M, D. Triton's blocks are 64 x 32 or 64 x 64 and 32 deep, its gradients 128 or 256 wide; a tile on the CPU is at
 # most 192 x 192, its register blocks 12 x 32, depth blocks 256.

@@ -7,7 +7,6 @@ rounding of the dtype in which a result is stored.
 
 from __future__ import annotations
 
-import os
 import resource
 import subprocess
 import sys
@@ -16,7 +15,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import assert_compiles, assert_passes_in_the_interpreter, nan_filled_memory
+from kernel_checks import (
+    BACKENDS,
+    EPS,
+    INTERPRETED,
+    assert_compiles,
+    assert_passes_in_the_interpreter,
+    nan_filled_memory,
+    needs_native,
+)
 
 from infoclip import kernels, native
 from infoclip.kernels import ms_deform_attn as room
@@ -27,11 +34,7 @@ SLACK = 2.0  # two orders of summation of the same terms: each is as good as the
 # A pixel coordinate, two interpolations, the weight and a product: about one unit each. The coordinate of a location is
 # rounded at the size of the map, which the slope between two pixels then carries.
 FLOOR = 8.0
-EPS = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float64: 2**-53}
 
-needs_native = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = ["triton"] if INTERPRETED else [pytest.param("native", marks=needs_native)]
 
 # B, M, D, Q, P, levels: vectors of 4, 8 or 16 channels, 4, 2 or 1 at a time and the rest one by one; runs of 32
 # queries on the CPU, programs of 16 in Triton.

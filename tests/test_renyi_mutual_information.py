@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
 import subprocess
 import sys
 
@@ -15,7 +14,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import assert_compiles, assert_passes_in_the_interpreter, nan_filled_memory
+from kernel_checks import (
+    BACKENDS,
+    EPS,
+    INTERPRETED,
+    assert_compiles,
+    assert_passes_in_the_interpreter,
+    nan_filled_memory,
+    needs_native,
+)
 
 from infoclip import kernels, native
 from infoclip.kernels import renyi_mutual_information as room
@@ -27,13 +34,8 @@ reference = importlib.import_module("infoclip.kernels.renyi_mutual_information.r
 
 SLACK = 4.0  # other orders of summation, and single entropies by the other side: as good, within a small factor
 FLOOR = 8.0  # two or three products, scale, square, sum, ratio, logarithm and final rounding: one unit each
-EPS = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float64: 2**-53}
 
 kernels.ops()
-NO_NATIVE = kernels.why_not("renyi_mutual_information", "native", "cpu")
-needs_native = pytest.mark.skipif(NO_NATIVE is not None, reason=str(NO_NATIVE))
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = ["triton"] if INTERPRETED else [pytest.param("native", marks=needs_native)]
 
 # B, N, D, E. A block is 96 rows on the CPU (two packed panels of 12 and 32), 64 in Triton, its gradients 128 wide. Wide
 # sets keep their products; long ones do not.
@@ -386,7 +388,7 @@ def test_bad_values() -> None:
         renyi_mutual_information(x, y.to("meta"))
     with pytest.raises(ValueError, match="backend='fast'"):
         renyi_mutual_information(x, y, backend="fast")
-    if NO_NATIVE is None:
+    if native.available():
         with pytest.raises(kernels.BackendUnavailableError, match="order 2"):
             renyi_mutual_information(x, y, 3.0, backend="native")
 

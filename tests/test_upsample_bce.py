@@ -8,7 +8,6 @@ which is rounded to it at the end) of the largest value.
 from __future__ import annotations
 
 import math
-import os
 import resource
 import subprocess
 import sys
@@ -18,7 +17,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import assert_compiles, assert_passes_in_the_interpreter, nan_filled_memory
+from kernel_checks import (
+    BACKENDS,
+    EPS,
+    INTERPRETED,
+    assert_compiles,
+    assert_passes_in_the_interpreter,
+    nan_filled_memory,
+    needs_native,
+)
 
 from infoclip import kernels, native
 from infoclip.kernels.upsample_bce import upsample_bce
@@ -26,11 +33,7 @@ from infoclip.kernels.upsample_bce.op import upsample_bce as op
 
 SLACK = 2.0  # two orders of summation of the same terms: each is as good as the other, within a small factor
 FLOOR = 8.0  # two interpolations, the exponential, the logarithm, the slope and the mean: about one unit each
-EPS = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float64: 2**-53}
 
-needs_native = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = ["triton"] if INTERPRETED else [pytest.param("native", marks=needs_native)]
 
 # B, T, h, w, H, W: Triton's programs own 8 rows x up to 128 columns of logits, CUDA's blocks 8 x 32.
 SIZES = [

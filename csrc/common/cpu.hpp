@@ -23,6 +23,15 @@ const char* isa_name(Isa isa);
 // "auto" or a name; throws where the CPU lacks it.
 Isa parse_isa(const std::string& name);
 
+// What `name` is in the best namespace of an instruction set that has a copy of its own, of those up to AVX-512: the sets
+// above it differ in the bfloat16 product alone (common/tiles.hpp).
+#ifdef INFOCLIP_X86
+#define INFOCLIP_BY_ISA(isa, name) \
+  ((isa) >= Isa::avx512 ? avx512::name : (isa) == Isa::avx2 ? avx2::name : baseline::name)
+#else
+#define INFOCLIP_BY_ISA(isa, name) ((void)(isa), baseline::name)
+#endif
+
 // n threads (the caller is one) that live as long as the call. Work items are handed out one by one, so a busy core
 // holds nobody up; every item must write its own place, which makes the result independent of the number of threads.
 // The first exception of an item is thrown again by run().

@@ -7,29 +7,14 @@
 // cp.async while one is multiplied. What is outside the operands is filled with zeros. An operand whose neighbouring
 // rows lie side by side is kept as [k][row], any other as [row][k], padded so that neither way meets a bank twice.
 #pragma once
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
-#include "common/dtype.hpp"
+#include "common/device.cuh"
 #include "common/ptx.cuh"
 
 namespace infoclip {
 namespace {
-
-inline void check(cudaError_t status) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string("infoclip._C: CUDA: ") + cudaGetErrorString(status));
-}
-
-__device__ inline float widen(float v) { return v; }
-__device__ inline float widen(__half v) { return __half2float(v); }
-__device__ inline float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ inline void narrow(float v, float* out) { *out = v; }
-__device__ inline void narrow(float v, __half* out) { *out = __float2half_rn(v); }
-__device__ inline void narrow(float v, __nv_bfloat16* out) { *out = __float2bfloat16_rn(v); }
 
 template <class T>
 struct alignas(2 * sizeof(T)) Pair {
@@ -323,13 +308,6 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared, cudaS
 inline int extent(int64_t n) {
   if (n > 2147483647 - 1024) throw std::invalid_argument("infoclip._C: an axis of 2^31 entries or more");
   return static_cast<int>(n);
-}
-
-template <class F>
-void by_type(int dtype, F&& f) {
-  if (dtype == kFloat) f(float());
-  else if (dtype == kHalf) f(__half());
-  else f(__nv_bfloat16());
 }
 
 }  // namespace

@@ -58,11 +58,9 @@ const Tiles<C>& tiles_of(Isa isa, int dtype) {
 #ifdef INFOCLIP_X86
   if constexpr (sizeof(C) == 4)
     if (isa == Isa::avx512_bf16 && dtype == kBFloat16) return avx512_bf16::tiles();
-  if (isa >= Isa::avx512) return avx512::tiles<C>();
-  if (isa == Isa::avx2) return avx2::tiles<C>();
 #endif
-  (void)isa, (void)dtype;
-  return baseline::tiles<C>();
+  (void)dtype;
+  return INFOCLIP_BY_ISA(isa, tiles<C>());
 }
 
 }  // namespace infoclip

@@ -16,12 +16,7 @@ constexpr int64_t kTogether = 4096;  // rows of several small images that are wo
 
 template <class C>
 const InfoNceTiles<C>& infonce_tiles_of(Isa isa) {
-#ifdef INFOCLIP_X86
-  if (isa >= Isa::avx512) return avx512::infonce_tiles<C>();
-  if (isa == Isa::avx2) return avx2::infonce_tiles<C>();
-#endif
-  (void)isa;
-  return baseline::infonce_tiles<C>();
+  return INFOCLIP_BY_ISA(isa, infonce_tiles<C>());
 }
 
 // One side's samples, their blocks of `edge` rows and the groups of those.

@@ -12,12 +12,7 @@ constexpr int64_t RUN = 32;  // queries of a work item: neighbours sample the sa
 
 template <class C>
 const DeformRows<C>& rows_of(Isa isa) {
-#ifdef INFOCLIP_X86
-  if (isa >= Isa::avx512) return avx512::deform_rows<C>();
-  if (isa == Isa::avx2) return avx2::deform_rows<C>();
-#endif
-  (void)isa;
-  return baseline::deform_rows<C>();
+  return INFOCLIP_BY_ISA(isa, deform_rows<C>());
 }
 
 // A thread costs some 20 us: fewer than 2^13 samples do not feed one.

@@ -2,30 +2,14 @@
 // of lanes shares the channels of one query and head. Gradient of the value: a warp owns one pixel and head and gathers
 // from the samples of the four cells around it, which lie sorted (kernels/ms_deform_attn/cells.py). No atomics: every
 // result is summed by one thread, or by one group of lanes, in one order.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
-#include <stdexcept>
-#include <string>
-
+#include "common/device.cuh"
 #include "ms_deform_attn/ms_deform_attn.hpp"
 
 namespace infoclip {
 namespace {
 
 constexpr int THREADS = 256;
-
-void check(cudaError_t status) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string("infoclip._C: CUDA: ") + cudaGetErrorString(status));
-}
-
-__device__ inline float widen(float v) { return v; }
-__device__ inline float widen(__half v) { return __half2float(v); }
-__device__ inline float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ inline void narrow(float v, float* to) { *to = v; }
-__device__ inline void narrow(float v, __half* to) { *to = __float2half_rn(v); }
-__device__ inline void narrow(float v, __nv_bfloat16* to) { *to = __float2bfloat16_rn(v); }
 
 template <class S>
 struct Problem {
@@ -203,16 +187,12 @@ void launch_backward(const MsDeformAttn& p, cudaStream_t stream) {
 
 void ms_deform_attn_forward_cuda(const MsDeformAttn& p, uintptr_t stream) {
   const auto s = reinterpret_cast<cudaStream_t>(stream);
-  if (p.dtype == kHalf) launch_forward<__half>(p, s);
-  else if (p.dtype == kBFloat16) launch_forward<__nv_bfloat16>(p, s);
-  else launch_forward<float>(p, s);
+  by_type(p.dtype, [&](auto t) { launch_forward<decltype(t)>(p, s); });
 }
 
 void ms_deform_attn_backward_cuda(const MsDeformAttn& p, uintptr_t stream) {
   const auto s = reinterpret_cast<cudaStream_t>(stream);
-  if (p.dtype == kHalf) launch_backward<__half>(p, s);
-  else if (p.dtype == kBFloat16) launch_backward<__nv_bfloat16>(p, s);
-  else launch_backward<float>(p, s);
+  by_type(p.dtype, [&](auto t) { launch_backward<decltype(t)>(p, s); });
 }
 
 }  // namespace infoclip

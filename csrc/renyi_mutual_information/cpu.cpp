@@ -24,12 +24,7 @@ const double kFour = 4.0 / std::log(2.0);
 
 template <class C>
 const RenyiBlocks<C>& blocks_of(Isa isa) {
-#ifdef INFOCLIP_X86
-  if (isa >= Isa::avx512) return avx512::renyi_blocks<C>();
-  if (isa == Isa::avx2) return avx2::renyi_blocks<C>();
-#endif
-  (void)isa;
-  return baseline::renyi_blocks<C>();
+  return INFOCLIP_BY_ISA(isa, renyi_blocks<C>());
 }
 
 template <class C>

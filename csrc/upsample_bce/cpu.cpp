@@ -11,12 +11,7 @@ namespace {
 
 template <class C>
 const UpsampleRows<C>& rows_of(Isa isa) {
-#ifdef INFOCLIP_X86
-  if (isa >= Isa::avx512) return avx512::upsample_rows<C>();
-  if (isa == Isa::avx2) return avx2::upsample_rows<C>();
-#endif
-  (void)isa;
-  return baseline::upsample_rows<C>();
+  return INFOCLIP_BY_ISA(isa, upsample_rows<C>());
 }
 
 template <class C>

@@ -2,14 +2,9 @@
 // A thread owns a cell (the square between four neighbouring logits): four logits and four gradients in registers, all
 // the cell's samples one after the other; the gradients of neighbouring cells meet in shared memory. No atomics: every
 // result is summed by one thread in one order.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
+#include "common/device.cuh"
 #include "upsample_bce/upsample_bce.hpp"
 
 namespace infoclip {
@@ -20,14 +15,6 @@ constexpr int CH = TH + 1, CW = TW + 1;         // cells that reach them: one ro
 constexpr int THREADS = 320;                    // at least CH * CW, whole warps
 constexpr int PREPARE = 256, MOST_COUNTS = 256; // threads and blocks of the first launch
 static_assert(CH * CW <= THREADS && THREADS % 32 == 0, "a thread a cell");
-
-void check(cudaError_t status) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string("infoclip._C: CUDA: ") + cudaGetErrorString(status));
-}
-
-__device__ inline float widen(float v) { return v; }
-__device__ inline float widen(__half v) { return __half2float(v); }
-__device__ inline float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
 
 // Where the samples of an output axis lie on the input axis, in exact integer arithmetic: sample o is at
 // ((2 o + 1) in - out) / (2 out), clamped to 0..in-1; its cell is the integer part.
@@ -220,9 +207,7 @@ int64_t upsample_bce_work_bytes(const UpsampleBce& p) {
 
 void upsample_bce_cuda(const UpsampleBce& p, uintptr_t stream) {
   const auto s = reinterpret_cast<cudaStream_t>(stream);
-  if (p.dtype == kHalf) launch<__half>(p, s);
-  else if (p.dtype == kBFloat16) launch<__nv_bfloat16>(p, s);
-  else launch<float>(p, s);
+  by_type(p.dtype, [&](auto t) { launch<decltype(t)>(p, s); });
 }
 
 }  // namespace infoclip

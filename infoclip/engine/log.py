@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from infoclip.engine.checkpoint import atomic_write_text, storage_errors
+from infoclip.progress import new_bar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,21 +85,7 @@ class ProgressLine:
         self._progress: Any = None
         if not shown:
             return
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True),
-            speed_estimate_period=120,
-        )  # fmt: skip
+        self._progress = new_bar("{task.fields[note]}")
         self._task = self._progress.add_task(title, total=total, completed=start, note="")
 
     def __enter__(self) -> ProgressLine:
