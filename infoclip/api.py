@@ -125,7 +125,7 @@ class Model:
                 encoder's context.
             TypeError, ValueError: an image of another type, dtype or shape.
         """
-        names, text = self._embed(self.classes if classes is None else classes)
+        names, text = self.embed(self.classes if classes is None else classes)
         pixels = as_pixels(image)
         from infoclip.model.inference import predict_scores
 
@@ -139,10 +139,13 @@ class Model:
 
     def check_classes(self, classes: Sequence[str]) -> list[str]:
         """The names as :meth:`segment` uses them; raises the same :class:`DataError` for a list that cannot be used."""
-        return self._embed(classes)[0]
+        return self.embed(classes)[0]
 
-    def _embed(self, classes: Sequence[str]) -> tuple[list[str], Tensor]:
-        """Checked names, and their embeddings [T, P, d], which are kept for the next picture."""
+    def embed(self, classes: Sequence[str]) -> tuple[list[str], Tensor]:
+        """Checked names, and their embeddings [T, P, d], which are kept for the next call.
+
+        Raises :class:`DataError` for a list that cannot be used.
+        """
         names = checked_classes(classes)
         if self._text is None or self._text[0] != tuple(names):
             with torch.no_grad():

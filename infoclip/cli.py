@@ -1,4 +1,4 @@
-"""The command line: ``infoclip info | recipes | data | convert | pretrain | train | evaluate | predict | demo``.
+"""The command line, ``infoclip COMMAND``; ``infoclip --help`` lists the commands.
 
 Everything heavy is imported inside the command that needs it, so that ``--help`` answers at once.
 """
@@ -346,13 +346,19 @@ def predict(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    engine: Annotated[str, typer.Option(help="local: this process; ray: the workers of a Ray cluster.")] = "local",
+    workers: Annotated[int, typer.Option(min=0, help="Ray: workers; 0 for one a GPU, or one for four CPUs.")] = 0,
+    address: Annotated[
+        str | None, typer.Option(help="Ray: a running cluster; default RAY_ADDRESS, else one on this machine.")
+    ] = None,
 ) -> None:
     """Segment pictures with any classes; writes an overlay, a label PNG and JSON each."""
     names = _class_names(classes, classes_file)
     from infoclip.predict import predict as run
 
     many = len(pictures) > 1 or not pictures[0].is_file()
-    done = run(path, pictures, names, out, device=device, progress=many)
+    done = run(path, pictures, names, out, device=device, progress=many, engine=engine, workers=workers,
+               address=address)  # fmt: skip
     for result in done.results[:20]:
         found = ", ".join(f"{name} {100 * share:.0f} %" for name, share in list(result.shares.items())[:5])
         print(f"{result.image}: {found}\n  {result.overlay}\n  {result.labels}\n  {result.json}")
@@ -364,6 +370,29 @@ def predict(
         print(f"skipped: {fault}", file=sys.stderr)
     if done.faults:
         raise DataError(f"{len(done.faults):,} could not be used and were skipped; the others are in {out}.")
+
+
+@app.command()
+@_guarded
+def export(
+    path: Annotated[Path, typer.Argument(help="A run, or a model folder.")],
+    out: Annotated[Path, typer.Option(help="Folder for the export.")],
+    classes: Annotated[str, typer.Option(help='Class names separated by commas, "red circle, blue sky".')] = "",
+    classes_file: Annotated[
+        str | None, typer.Option(help="Class list: a file, or a shipped name such as ade20k_150.")
+    ] = None,
+    formats: Annotated[str, typer.Option("--format", help="torch, onnx, or both as 'torch,onnx'.")] = "torch,onnx",
+) -> None:
+    """Write a model with a fixed class list as a torch.export program and as ONNX, checked against it."""
+    from infoclip.export import export as run
+
+    names = _class_names(classes, classes_file)
+    result = run(path, names, out, formats=[part.strip() for part in formats.split(",") if part.strip()])
+    for kind, file in result.files.items():
+        checked = f", scores within {result.differences[kind]:.0e}" if kind in result.differences else ""
+        print(f"{kind}: {file}, {file.stat().st_size / 1e6:.1f} MB{checked}")
+    for line in result.unchecked:
+        print(f"not checked: {line}", file=sys.stderr)
 
 
 @app.command()

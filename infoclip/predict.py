@@ -6,16 +6,24 @@ import glob
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from infoclip.data.files import IMAGE_SUFFIXES
-from infoclip.errors import DataError
+from infoclip.errors import ConfigError, DataError
 from infoclip.progress import tracked
 
-__all__ = ["Prediction", "Predictions", "find_pictures", "output_names", "predict"]
+if TYPE_CHECKING:
+    from infoclip.api import Model
+
+__all__ = ["ENGINES", "Prediction", "Predictions", "find_pictures", "output_names", "predict", "predict_one"]
+
+ENGINES = ("local", "ray")
+
+Step = tuple[str, str, dict[str, Any]]
+"""A picture's path, the name of its files, and what their JSON says beside the result."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,9 @@ def predict(
     *,
     device: str = "auto",
     progress: bool = False,
+    engine: str = "local",
+    workers: int = 0,
+    address: str | None = None,
 ) -> Predictions:
     """Segment pictures with any classes.
 
@@ -66,38 +77,69 @@ def predict(
         out_dir: made when missing; other files of the same names are replaced.
         device: ``auto``, ``cpu`` or ``cuda``.
         progress: show a progress bar.
+        engine: ``local``, this process; or ``ray``, the workers of a Ray cluster (:mod:`infoclip.ray_engine`), with the
+            same files as the result.
+        workers: of a Ray cluster; 0 for one a GPU, or one for four CPUs.
+        address: of a running Ray cluster; None takes ``RAY_ADDRESS``, or starts one on this machine.
 
     Raises:
+        ConfigError: an unknown engine, or Ray without its package.
         DataError: no picture at all, or a class list that cannot be used.
         CheckpointError: no usable model.
         StorageError: the output cannot be written.
     """
-    from infoclip.api import checked_classes, load, write_files
+    from infoclip.api import checked_classes, load
 
     paths, faults = find_pictures(images)
     if not paths:
         raise DataError(faults[0] if faults else "There is no picture to segment; name at least one image file.")
+    if engine not in ENGINES:
+        raise ConfigError(f"The engine is '{engine}'; expected {' or '.join(ENGINES)}.")
     names = checked_classes(classes)
-    model = load(model_path, device)
+    model = load(model_path, device if engine == "local" else "cpu")
     model.check_classes(names)
     out, stamp = Path(out_dir), _stamp(Path(model_path))
-    results: list[Prediction] = []
+    steps: list[Step] = []
     kept = 0
-    steps = list(zip(paths, output_names(paths), strict=True))
-    for path, stem in tracked(steps, "segmenting", progress):
+    for path, stem in zip(paths, output_names(paths), strict=True):
         extra = {"image": str(path), "image_stamp": _stamp(path), "model": str(model_path), "model_stamp": stamp}
-        wanted = {**extra, "classes": names}
-        if _is_done(out, stem, wanted):
+        if _is_done(out, stem, {**extra, "classes": names}):
             kept += 1
-            continue
-        try:
-            result = model.segment(path, names)
-        except DataError as error:
-            faults.append(str(error))
-            continue
-        overlay, labels, info = write_files(out, result.files(stem, extra))
-        results.append(Prediction(path, overlay, labels, info, result.shares))
+        else:
+            steps.append((str(path), stem, extra))
+    made: Iterable[Prediction | str]
+    if engine == "ray" and steps:
+        from infoclip.ray_engine import predict_all
+
+        del model  # the workers have their own
+        made = predict_all(steps, model_path, names, out, device=device, workers=workers, address=address)
+    else:
+        made = (predict_one(model, names, out, step) for step in steps)
+    results: list[Prediction] = []
+    for done in tracked(made, "segmenting", progress, total=len(steps)):
+        if isinstance(done, Prediction):
+            results.append(done)
+        else:
+            faults.append(done)
     return Predictions(results, kept, faults)
+
+
+def predict_one(
+    model: Model,
+    classes: Sequence[str],
+    out: Path,
+    step: Step,
+) -> Prediction | str:
+    """Segment one picture and write its files, or say in a sentence why it cannot be used."""
+    path, stem, extra = step
+    try:
+        result = model.segment(path, classes)
+    except DataError as error:
+        return str(error)
+    from infoclip.api import write_files
+
+    overlay, labels, info = write_files(out, result.files(stem, extra))
+    return Prediction(Path(path), overlay, labels, info, result.shares)
 
 
 def find_pictures(named: Sequence[str | Path]) -> tuple[list[Path], list[str]]:

@@ -532,6 +532,15 @@ class TestPublicFunction:
         monkeypatch.setenv("INFOCLIP_BACKEND", "fastest")
         with pytest.raises(ValueError, match="INFOCLIP_BACKEND='fastest': expected auto or one of"):
             cost_volume(image, text)
+        with kernels.use_backend("reference"):  # before the variable, after the argument
+            assert kernels.choose("cost_volume", None, "cpu", torch.float32) == "reference"
+            with pytest.raises(kernels.BackendUnavailableError, match="TRITON_INTERPRET"):
+                kernels.choose("cost_volume", "triton", "cpu", torch.float32)
+        with (
+            pytest.raises(ValueError, match="backend='fastest': expected auto or one of"),
+            kernels.use_backend("fastest"),
+        ):
+            pass
         monkeypatch.delenv("INFOCLIP_BACKEND")
         expected = "native" if native.available() else "reference"
         assert kernels.choose("cost_volume", None, "cpu", torch.float32) == expected

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_models import small_config
 
+from infoclip import storage
 from infoclip.config import Config, config_to_dict
 from infoclip.errors import CheckpointError, StorageError
 from infoclip.model import checkpoint
@@ -74,8 +75,8 @@ def test_half_precision_is_stored_as_float32(made: tuple[Segmentor, Config], tmp
 
 def test_replacing_a_model(made: tuple[Segmentor, Config], tmp_path: Path, monkeypatch) -> None:
     segmentor, config = made
-    for exchange in (checkpoint._exchange, lambda first, second: False):
-        monkeypatch.setattr(checkpoint, "_exchange", exchange)
+    for exchange in (storage._exchange, lambda first, second: False):
+        monkeypatch.setattr(storage, "_exchange", exchange)
         with torch.no_grad():
             segmentor.upsample1.bias.add_(1)  # type: ignore[union-attr]
         (tmp_path / "model" / "stray").parent.mkdir(exist_ok=True)
@@ -110,7 +111,7 @@ def test_any_failure_leaves_nothing(made: tuple[Segmentor, Config], tmp_path: Pa
     def fail(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, failing, fail)
+    monkeypatch.setattr(storage if hasattr(storage, failing) else checkpoint, failing, fail)
     with pytest.raises(StorageError, match="No space left on device"):
         save_model(*made, CLASSES, tmp_path / "model")
     assert [p.name for p in tmp_path.iterdir()] == ["tiny_clip.json"]

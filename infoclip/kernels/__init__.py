@@ -2,22 +2,26 @@
 
 Each op is a package ``infoclip.kernels.<op>`` with up to three backends: ``reference`` (plain PyTorch, any device),
 ``triton`` (CUDA, or Triton's interpreter) and ``native`` (C++ on the CPU, CUDA C++ on the GPU). A call takes its
-``backend=`` argument, else the variable ``INFOCLIP_BACKEND``, else ``auto``. A backend asked for by name works or
-raises ``BackendUnavailableError`` with the reason; ``auto`` takes the first of its list that can run.
+``backend=`` argument, else that of the innermost :func:`use_backend`, else the variable ``INFOCLIP_BACKEND``, else
+``auto``. A backend asked for by name works or raises ``BackendUnavailableError`` with the reason; ``auto`` takes the
+first of its list that can run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["BACKENDS", "OPS", "BackendUnavailableError", "Op", "choose", "explain", "ops", "register", "why_not"]
+__all__ = ["BACKENDS", "OPS", "BackendUnavailableError", "Op", "choose", "explain", "ops", "register", "use_backend",
+           "why_not"]  # fmt: skip
 
 BACKENDS = ("reference", "triton", "native")
 ROOMS = ("cost_volume", "infonce", "ms_deform_attn", "renyi_mutual_information", "upsample_bce")
@@ -81,13 +85,31 @@ def why_not(op: str, backend: str, device: str, dtype: torch.dtype | None = None
     return f"{op} has no {backend} backend." if check is None else check(device, dtype)
 
 
+_within: ContextVar[str | None] = ContextVar("backend", default=None)
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Calls inside take this backend unless they name another: ``with use_backend("reference"): ...``.
+
+    Raises ``ValueError`` for an unknown name.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend={backend!r}: expected auto or one of {', '.join(BACKENDS)}")
+    token = _within.set(backend)
+    try:
+        yield
+    finally:
+        _within.reset(token)
+
+
 @torch.compiler.assume_constant_result
 def choose(op: str, backend: str | None, device: str, dtype: torch.dtype) -> str:
     """The backend that a call takes. ``torch.compile`` asks once, when it traces.
 
     Raises ``ValueError`` for an unknown name and ``BackendUnavailableError`` for a named backend that cannot run.
     """
-    asked, source = backend, "backend"
+    asked, source = backend or _within.get(), "backend"
     if asked is None:
         asked, source = os.environ.get("INFOCLIP_BACKEND", "").strip() or "auto", "INFOCLIP_BACKEND"
     if asked != "auto":

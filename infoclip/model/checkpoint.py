@@ -8,13 +8,9 @@ can be moved.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
-import errno
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from infoclip.config import ClipConfig, Config, load_config, save_config
-from infoclip.errors import CheckpointError, ConfigError, StorageError
+from infoclip.errors import CheckpointError, ConfigError
 from infoclip.model.segmentor import Segmentor, build_segmentor
+from infoclip.storage import new_directory
 
 __all__ = ["LoadedModel", "find_model", "load_model", "save_model"]
 
@@ -67,21 +64,8 @@ def save_model(
             nothing else is left.
     """
     target = Path(directory).absolute()
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
+    with new_directory(target, "the model", (SafetensorError,)) as temporary:
         _write(segmentor, config, list(classes), temporary, extra)
-        _flush(temporary)
-        _replace(temporary, target)
-    except (OSError, SafetensorError) as error:
-        reason = (os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)).rstrip(".")
-        raise StorageError(
-            f"Cannot write the model {target}: {reason}; free some space or choose another place and run again."
-        ) from error
-    finally:
-        # Also the directory that was replaced: after the exchange it bears the temporary name.
-        shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 
@@ -160,52 +144,6 @@ def _with_copies(clip: ClipConfig, directory: Path) -> ClipConfig:
     if clip.model == ARCHITECTURE:
         clip.model = str(directory / ARCHITECTURE)
     return clip
-
-
-def _flush(directory: Path) -> None:
-    """Everything in the directory, and its list of names, to the disk."""
-    for path in [*directory.iterdir(), directory]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _replace(new: Path, target: Path) -> None:
-    """Put ``new`` in the place of ``target``, if that exists in exchange for it, and flush the parent directory."""
-    if not target.exists():
-        new.rename(target)
-    elif not _exchange(new, target):
-        # No exchange on this file system: for a moment neither is there, but both are on the disk.
-        old = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.old"
-        target.rename(old)
-        try:
-            new.rename(target)
-        except OSError:
-            old.rename(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    handle = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two paths in one step (Linux); False where kernel, library or file system cannot."""
-    at_fdcwd, rename_exchange = -100, 2
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    if renameat2(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
-        return False
-    raise OSError(code, os.strerror(code), str(second))
 
 
 def find_model(path: Path) -> Path:

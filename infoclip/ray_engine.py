@@ -1,0 +1,134 @@
+"""Prediction on a Ray cluster, of this machine or of many: the same files as ``predict`` in one process writes.
+
+Ray Data hands the pictures to workers that hold the model each. A worker that dies is replaced and its pictures are
+given out again; a picture's files appear whole and under one name, so that doing it twice changes nothing. Model,
+pictures and output folder must be reachable by the same paths on every machine of the cluster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from infoclip.errors import ConfigError, InfoclipError
+from infoclip.predict import Prediction, Step, predict_one
+
+__all__ = ["predict_all"]
+
+_BATCH = 4
+"""Pictures that a worker takes at once: few, so that the last worker is not waited for long."""
+
+
+def predict_all(
+    steps: Sequence[Step],
+    model_path: str | Path,
+    classes: Sequence[str],
+    out: Path,
+    *,
+    device: str = "auto",
+    workers: int = 0,
+    address: str | None = None,
+) -> Iterator[Prediction | str]:
+    """A result, or a sentence, for each picture as it is done. The arguments are those of :func:`predict`.
+
+    A cluster that this call started ends with it; one that runs already is left as it was.
+
+    Raises:
+        ConfigError: Ray is not installed, the address does not answer, or the cluster has no GPU for ``cuda``.
+    """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ logs notes on restarts as errors
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ConfigError("The engine ray needs its package: pip install 'infoclip[ray]'.") from error
+    started = not ray.is_initialized()
+    if started:
+        # an address given, or in RAY_ADDRESS, is one that runs; otherwise a cluster of this machine alone
+        running = address or os.environ.get("RAY_ADDRESS") or "local"
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if running == "local":
+            options["include_dashboard"] = False
+        try:
+            with _hidden_stderr():  # one line that the log level was set
+                ray.init(address=running, **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(f"No Ray cluster answers at '{running}' ({first}); start one or leave it out.") from error
+    context = ray.data.DataContext.get_current()
+    shown, context.enable_progress_bars = context.enable_progress_bars, False
+    logger = logging.getLogger("ray.data")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        found = ray.cluster_resources()
+        gpus, cpus = int(found.get("GPU", 0)), int(found.get("CPU", 1))
+        if device.startswith("cuda") and not gpus:
+            raise ConfigError(f"The device is '{device}', but the Ray cluster has no GPU; use cpu.")
+        on_gpu = gpus > 0 and device != "cpu"
+        count = workers or (gpus if on_gpu else max(1, cpus // 4))
+        shares: dict[str, Any] = {"num_gpus": 1} if on_gpu else {"num_cpus": max(1, cpus // count)}
+        rows = ray.data.from_items(
+            [{"step": json.dumps(step)} for step in steps], override_num_blocks=max(1, -(-len(steps) // _BATCH))
+        )
+        done = rows.map_batches(
+            _Worker,
+            fn_constructor_args=(str(model_path), list(classes), str(out), "cuda" if on_gpu else "cpu"),
+            batch_size=_BATCH,
+            compute=ray.data.ActorPoolStrategy(size=count),
+            **shares,
+        )
+        for row in done.iter_rows():
+            result = row["result"]
+            if isinstance(result, InfoclipError):
+                raise result
+            yield result
+    finally:
+        context.enable_progress_bars = shown
+        logger.setLevel(level)
+        if started:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _hidden_stderr() -> Iterator[None]:
+    """What C++ prints meanwhile; exceptions come through."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
+class _Worker:
+    """A process of the cluster with the model in it."""
+
+    def __init__(self, model_path: str, classes: list[str], out: str, device: str) -> None:
+        import torch
+
+        from infoclip.api import load
+
+        self.classes, self.out = classes, Path(out)
+        threads = os.environ.get("OMP_NUM_THREADS", "")  # Ray says with it how many CPUs this worker may use
+        if threads.isdigit() and int(threads):
+            torch.set_num_threads(int(threads))
+        self.model = load(model_path, device)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        made: list[Any] = []
+        for step in batch["step"]:
+            try:
+                made.append(predict_one(self.model, self.classes, self.out, tuple(json.loads(step))))
+            except InfoclipError as error:  # a full disk: the run ends, as in one process
+                made.append(error)
+        return {"result": made}

@@ -1,0 +1,105 @@
+"""Prediction on a local Ray cluster; a process of its own each, for Ray starts once in one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+from small_models import small_config
+from typer.testing import CliRunner
+
+from infoclip.cli import app
+from infoclip.errors import ConfigError
+from infoclip.model.checkpoint import save_model
+from infoclip.model.segmentor import build_segmentor
+from infoclip.predict import predict
+
+CLASSES = ["red circle", "blue sky"]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    config = small_config(tmp_path)
+    torch.manual_seed(0)
+    return save_model(build_segmentor(config), config, CLASSES, tmp_path / "model")
+
+
+def write_pictures(folder: Path, count: int) -> None:
+    folder.mkdir()
+    for i in range(count):
+        pixels = np.random.default_rng(i).integers(0, 256, (480, 640, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:03}.png")
+
+
+def ray_workers(below: psutil.Process) -> list[psutil.Process]:
+    found = []
+    for process in below.children(recursive=True):
+        try:
+            if "MapWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.slow  # Ray starts a cluster, and two workers that import torch: about half a minute, more with one killed
+def test_a_killed_worker_loses_and_doubles_nothing(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    count, out = 60, tmp_path / "out"
+    write_pictures(tmp_path / "in", count)
+    (tmp_path / "in" / "bad.png").write_text("no picture")
+    command = [sys.executable, "-m", "infoclip.cli", "predict", str(model), str(tmp_path / "in"), "--out", str(out),
+               "--classes", ", ".join(CLASSES), "--device", "cpu", "--engine", "ray", "--workers", "2"]  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
+        killed: list[int] = []
+
+        def kill() -> None:
+            while run.poll() is None:
+                if len(list(out.glob("*.json"))) >= 3:
+                    for worker in ray_workers(psutil.Process(run.pid))[:1]:
+                        worker.kill()
+                        killed.append(worker.pid)
+                        return
+                time.sleep(0.05)
+
+        thread = threading.Thread(target=kill)
+        thread.start()
+        output, errors = run.communicate(timeout=300)
+        thread.join()
+    assert killed, "no worker was found while pictures were left"
+    assert run.returncode == 2, errors  # the picture that cannot be used
+    assert errors.count("skipped: ") == 1
+    assert f"and {count - 20} more" in output
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        f"{i:03}.{kind}" for i in range(count) for kind in ("json", "labels.png", "overlay.png")
+    )
+    again = predict(model, [tmp_path / "in"], CLASSES, tmp_path / "local", device="cpu")
+    for result in again.results:
+        other = out / result.labels.name
+        with Image.open(result.labels) as one, Image.open(other) as two:
+            # other thread counts round otherwise, which turns a pixel whose two scores are equal to 1e-6
+            assert np.mean(np.asarray(one) != np.asarray(two)) < 1e-3
+        assert json.loads((out / result.json.name).read_text())["image"] == str(result.image)
+
+
+def test_what_ray_cannot_do(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pictures(tmp_path / "in", 1)
+    with pytest.raises(ConfigError, match="'spark'; expected local or ray"):
+        predict(model, [tmp_path / "in"], CLASSES, tmp_path / "out", engine="spark")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    arguments = ["predict", str(model), str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--classes", "a"]
+    answer = CliRunner().invoke(app, [*arguments, "--engine", "ray"])
+    assert answer.exit_code == 2
+    assert "infoclip[ray]" in answer.stderr
+    assert not (tmp_path / "out").exists()
