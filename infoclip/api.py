@@ -127,12 +127,12 @@ class Model:
         """
         names, text = self.embed(self.classes if classes is None else classes)
         pixels = as_pixels(image)
-        from infoclip.model.inference import predict_scores
+        from infoclip.model.inference import predict_labels
 
-        best, labels = predict_scores(self.segmentor, pixels, text, self.config.eval).max(dim=0)
+        best, labels = predict_labels(self.segmentor, pixels, text, self.config.eval)
         return Segmentation(
             labels.cpu().numpy().astype(np.uint16),
-            best.float().cpu().numpy(),
+            best.cpu().numpy(),
             names,
             pixels.permute(1, 2, 0).contiguous().numpy(),
         )

@@ -14,6 +14,7 @@ from infoclip.config import EvalConfig
 from infoclip.model.inference import (
     normalize,
     plain_scores,
+    predict_labels,
     predict_scores,
     preprocess,
     resize_shortest_side,
@@ -200,6 +201,46 @@ def test_order_of_classes_does_not_change_scores() -> None:
     config = EvalConfig(resize=0, size=96, window=64)
     first, second = (predict_scores(segmentor, image, t, config) for t in (text, text[order]))
     torch.testing.assert_close(first[order], second, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sliding", [True, False])
+@pytest.mark.parametrize("classes", [5, 8, 40])
+def test_labels_are_those_of_the_best_scores(sliding: bool, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, however few classes are worked on at once; with 40 classes the cut to 8 is in play."""
+    from infoclip.model import inference
+
+    segmentor = small_segmentor()
+    generator = torch.Generator().manual_seed(classes)
+    image = torch.randint(0, 256, (3, 60, 80), dtype=torch.uint8, generator=generator)
+    text = torch.nn.functional.normalize(torch.randn(classes, 1, 12, generator=generator), dim=-1)
+    text[3] = text[1]  # a tie everywhere: the first has it
+    config = EvalConfig(resize=0, size=96, window=48, sliding_window=sliding)
+    best, labels = predict_scores(segmentor, image, text, config).max(dim=0)
+    for size in (2**28, 2**17, 1):
+        monkeypatch.setitem(inference._CHUNK_BYTES, "cpu", size)
+        got = predict_labels(segmentor, image, text, config)
+        assert torch.equal(got[0], best)
+        assert torch.equal(got[1], labels)
+        assert torch.equal(predict_scores(segmentor, image, text, config).max(dim=0).indices, labels)
+    assert len(labels.unique()) > 1
+
+
+def test_labels_where_every_view_leaves_a_class_out() -> None:
+    """The first class that no view kept stands for all of those: it has their score, were it ever the best."""
+
+    class Dropping(Mirror):
+        def forward(self, image: Tensor, text: Tensor) -> SimpleNamespace:
+            self.batches.append(len(image))
+            logits = torch.full((len(image), 7, 16, 16), -100.0)
+            logits[:, 6] = -200.0  # kept nowhere either
+            logits[len(self.batches) % 2 :, 4, :8] = 3.0
+            return SimpleNamespace(logits=logits)
+
+    config = EvalConfig(resize=0, size=96, window=64)
+    image, text = torch.zeros(3, 40, 50, dtype=torch.uint8), torch.zeros(7, 1, 12)
+    labels = predict_labels(Dropping(), image, text, config)[1]
+    assert torch.equal(labels, predict_scores(Dropping(), image, text, config).argmax(dim=0))
+    assert labels.unique().tolist() == [0, 4] or labels.unique().tolist() == [4]
 
 
 def test_wrong_input_is_named() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from infoclip.model.aggregator import Aggregator
     from infoclip.model.checkpoint import LoadedModel, load_model, save_model
-    from infoclip.model.inference import predict_scores, preprocess
+    from infoclip.model.inference import predict_labels, predict_scores, preprocess
     from infoclip.model.segmentor import Segmentor, SegmentorOutput, build_segmentor
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "SegmentorOutput",
     "build_segmentor",
     "load_model",
+    "predict_labels",
     "predict_scores",
     "preprocess",
     "save_model",
@@ -29,6 +30,7 @@ _HOMES = {
     "SegmentorOutput": "segmentor",
     "build_segmentor": "segmentor",
     "load_model": "checkpoint",
+    "predict_labels": "inference",
     "predict_scores": "inference",
     "preprocess": "inference",
     "save_model": "checkpoint",

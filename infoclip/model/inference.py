@@ -4,12 +4,15 @@ The published pipeline: shortest side to 640 (Pillow, bilinear); for the sliding
 overlapping windows of 384, and the whole image as one more view; every view at the encoder's size through the model;
 sigmoid scores of the windows averaged where they overlap, then with those of the whole view.
 
-Sizes: ``T`` classes, ``P`` prompts, ``S`` the encoder's input side.
+The model's logits at a quarter of the encoder's side are kept for every view; what is as large as the picture is made
+for a few classes at a time, so that labels among thousands of classes take bounded memory.
+
+Sizes: ``T`` classes, ``P`` prompts, ``V`` views, ``S`` the encoder's input side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
@@ -18,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infoclip.config import EvalConfig
+from infoclip.model.aggregator import DROPPED_LOGIT
 
 if TYPE_CHECKING:
     from infoclip.clip import DenseCLIP
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "normalize",
     "plain_scores",
+    "predict_labels",
     "predict_scores",
     "preprocess",
     "resize_shortest_side",
@@ -35,6 +40,12 @@ __all__ = [
 
 PUBLISHED_MULTIPLE = 32
 """The published plain inference pads images to a multiple of this."""
+
+_CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**30}
+"""Score maps that are held at a time, by kind of device; at least those of one class."""
+
+_Merge = Callable[[list[Tensor]], Tensor]
+"""From the logits of some classes in every view, V x [n, h, w], to their scores [n, H, W]."""
 
 
 def normalize(
@@ -98,30 +109,47 @@ def predict_scores(
 ) -> Tensor:  # [T, H, W] float32, on the segmentor's device
     """Scores in 0..1 of every class at every pixel of the image; the largest gives the label.
 
-    The segmentor is in evaluation mode meanwhile, and as before afterwards.
+    The result alone takes ``4 T H W`` bytes; :func:`predict_labels` does without. The segmentor is in evaluation mode
+    meanwhile, and as before afterwards.
 
     Raises:
         TypeError: an image that is not uint8.
         ValueError: another shape, or text of another width or number of templates.
     """
-    if image.dtype != torch.uint8:
-        raise TypeError(f"image has dtype {image.dtype}; expected uint8")
-    _check_image(image, batched=False)
-    output = (image.shape[-2], image.shape[-1])
-    if eval_config.resize > 0:
-        image = resize_shortest_side(image, eval_config.resize, eval_config.resize_max)
-    if not eval_config.sliding_window:
-        return plain_scores(segmentor, image, text, output, padding=eval_config.padding)
-    return sliding_window_scores(
-        segmentor,
-        image,
-        text,
-        output,
-        size=eval_config.size,
-        window=eval_config.window,
-        overlap=eval_config.overlap,
-        batch_size=eval_config.batch_size,
-    )
+    views, merge, _ = _configured_views(segmentor, image, text, eval_config)
+    return _merged(views, merge, image.shape[-2:])
+
+
+@torch.no_grad()
+def predict_labels(
+    segmentor: Segmentor,
+    image: Tensor,  # [3, H, W] uint8, RGB
+    text: Tensor,  # [T, P, d]
+    eval_config: EvalConfig,
+) -> tuple[Tensor, Tensor]:  # [H, W] float32, [H, W] int64, on the segmentor's device
+    """The best score of every pixel and the class that has it (the first of several), as :func:`predict_scores`'s.
+
+    Beside the logits of one view (``4 T (S/4)^2`` bytes and what the aggregation holds meanwhile), memory grows only
+    with the classes that any view kept in its cut to the most similar ``pad_len``: the others have one score
+    everywhere, the same for all of them, and the first of them stands for all.
+
+    Raises:
+        TypeError, ValueError: as :func:`predict_scores`.
+    """
+    views, merge, per_class = _configured_views(segmentor, image, text, eval_config)
+    device = views[0].rows.device
+    chosen = torch.cat([view.classes for view in views]).unique()  # sorted
+    others = torch.ones(text.shape[-3], dtype=torch.bool, device=device)
+    others[chosen] = False
+    chosen = torch.cat([chosen, others.nonzero()[:1, 0]]).sort().values
+    best = torch.full(tuple(image.shape[-2:]), -torch.inf, device=device)
+    labels = torch.zeros(best.shape, dtype=torch.int64, device=device)
+    for classes in chosen.split(max(1, _CHUNK_BYTES[device.type] // per_class)):
+        value, index = merge([view.take(classes) for view in views]).max(dim=0)
+        better = value > best
+        best = torch.where(better, value, best)
+        labels = torch.where(better, classes[index], labels)
+    return best, labels
 
 
 @torch.no_grad()
@@ -140,13 +168,8 @@ def plain_scores(
             first and treats the score map as if there were no padding (and cuts maps larger than the image).
     """
     _check_image(image, batched=False)
-    height, width = image.shape[-2:]
-    with _evaluating(segmentor):
-        scores = segmentor(preprocess(_on(image, segmentor)[None], segmentor.clip, padding), text).logits
-    scores = scores.float().sigmoid()  # [1, T, 4h, 4w]
-    if padding == "published":
-        scores = scores[..., :height, :width]
-    return _resize(scores, output_size or (height, width))[0]
+    size = output_size or (image.shape[-2], image.shape[-1])
+    return _merged(*_plain_views(segmentor, image, text, size, padding)[:2], size)
 
 
 @torch.no_grad()
@@ -180,24 +203,116 @@ def sliding_window_scores(
             f"size {size}, window {window}, overlap {overlap}, batch_size {batch_size}; expected positive sizes and an"
             " overlap of at least 0 and below 1"
         )
+    output = output_size or (image.shape[-2], image.shape[-1])
+    views, merge, _ = _window_views(segmentor, image, text, output, size, window, overlap, batch_size)
+    return _merged(views, merge, output)
+
+
+class _View:
+    """The logits of one view; classes that its cut left out (all their logits are ``DROPPED_LOGIT``) are not kept.
+
+    Attributes:
+        classes: int64 [n], ascending, the classes that are kept.
+        rows: float32 [n, h, w], their logits.
+    """
+
+    def __init__(self, logits: Tensor) -> None:  # [T, h, w]
+        kept = ~(logits.flatten(1).amax(dim=1) <= DROPPED_LOGIT)  # not a number is kept
+        self.count = len(logits)
+        self.classes = kept.nonzero()[:, 0]
+        self.rows = logits.float() if bool(kept.all()) else logits[self.classes].float()
+
+    def take(self, classes: Tensor) -> Tensor:  # [m] int64 -> [m, h, w]
+        """The logits of some classes, those that were left out too."""
+        if len(self.classes) == self.count:
+            return self.rows[classes]
+        place = torch.searchsorted(self.classes, classes).clamp_(max=max(0, len(self.classes) - 1))
+        rows = self.rows.new_full((len(classes), *self.rows.shape[1:]), DROPPED_LOGIT)
+        if len(self.classes):
+            here = self.classes[place] == classes
+            rows[here] = self.rows[place[here]]
+        return rows
+
+
+def _configured_views(
+    segmentor: Segmentor, image: Tensor, text: Tensor, config: EvalConfig
+) -> tuple[list[_View], _Merge, int]:
+    """The views of the image that the settings ask for, how their scores are merged, and bytes a class of that."""
+    if image.dtype != torch.uint8:
+        raise TypeError(f"image has dtype {image.dtype}; expected uint8")
+    _check_image(image, batched=False)
+    output = (image.shape[-2], image.shape[-1])
+    if config.resize > 0:
+        image = resize_shortest_side(image, config.resize, config.resize_max)
+    if not config.sliding_window:
+        return _plain_views(segmentor, image, text, output, config.padding)
+    return _window_views(
+        segmentor, image, text, output, config.size, config.window, config.overlap, config.batch_size
+    )
+
+
+def _merged(views: list[_View], merge: _Merge, output: Sequence[int]) -> Tensor:  # -> [T, H, W]
+    """The scores of all classes, made in chunks of a bounded size."""
+    count, device = views[0].count, views[0].rows.device
+    scores = torch.empty(count, *output, device=device)
+    step = max(1, _CHUNK_BYTES[device.type] // (16 * output[0] * output[1]))
+    for start in range(0, count, step):
+        classes = torch.arange(start, min(count, start + step), device=device)
+        scores[start : start + step] = merge([view.take(classes) for view in views])
+    return scores
+
+
+def _plain_views(
+    segmentor: Segmentor, image: Tensor, text: Tensor, output: tuple[int, int], padding: Literal["none", "published"]
+) -> tuple[list[_View], _Merge, int]:
+    height, width = image.shape[-2:]
+    with _evaluating(segmentor):
+        logits = segmentor(preprocess(_on(image, segmentor)[None], segmentor.clip, padding), text).logits[0]
+
+    def merge(rows: list[Tensor]) -> Tensor:
+        scores = rows[0].sigmoid()
+        if padding == "published":
+            scores = scores[..., :height, :width]
+        return _resize_maps(scores, output)
+
+    return [_View(logits)], merge, 8 * output[0] * output[1]
+
+
+def _window_views(
+    segmentor: Segmentor,
+    image: Tensor,
+    text: Tensor,
+    output: tuple[int, int],
+    size: int,
+    window: int,
+    overlap: float,
+    batch_size: int,
+) -> tuple[list[_View], _Merge, int]:
     window = min(window, size)
     pixels = _on(image, segmentor).float()[None]
     squashed = _resize(pixels, size)
     starts = window_starts(size, window, overlap)
     corners = [(y, x) for y in starts for x in starts]
-    summed = squashed.new_zeros(text.shape[-3], size, size)
-    count = squashed.new_zeros(size, size)
+    views: list[_View] = []
     with _evaluating(segmentor):
         for i in range(0, len(corners), batch_size):
             chunk = corners[i : i + batch_size]
-            views = torch.cat([squashed[..., y : y + window, x : x + window] for y, x in chunk])
-            scores = _view_scores(segmentor, views, text)
-            for (y, x), view in zip(chunk, scores, strict=True):
-                summed[:, y : y + window, x : x + window] += view
-                count[y : y + window, x : x + window] += 1
-        whole = _view_scores(segmentor, _resize(pixels, window), text)
-    scores = summed.div_(count).add_(_resize(whole, size)[0]).div_(2)  # in place: hundreds of classes are gigabytes
-    return _resize(scores[None], output_size or (image.shape[-2], image.shape[-1]))[0]
+            cut = torch.cat([squashed[..., y : y + window, x : x + window] for y, x in chunk])
+            views += map(_View, segmentor(preprocess(cut, segmentor.clip), text).logits)
+        whole = _resize(pixels, window)
+        views.append(_View(segmentor(preprocess(whole, segmentor.clip), text).logits[0]))
+
+    def merge(rows: list[Tensor]) -> Tensor:
+        """Logits are resized, then squashed to 0..1; windows averaged where they overlap, then with the whole view."""
+        summed = rows[0].new_zeros(len(rows[0]), size, size)
+        count = rows[0].new_zeros(size, size)
+        for (y, x), logits in zip(corners, rows[:-1], strict=True):
+            summed[:, y : y + window, x : x + window] += _resize_maps(logits, window).sigmoid_()
+            count[y : y + window, x : x + window] += 1
+        last = _resize_maps(_resize_maps(rows[-1], window).sigmoid_(), size)
+        return _resize_maps(summed.div_(count).add_(last).div_(2), output)
+
+    return views, merge, 4 * (2 * size**2 + 2 * window**2 + output[0] * output[1])
 
 
 def window_starts(size: int, window: int, overlap: float) -> list[int]:
@@ -209,21 +324,17 @@ def window_starts(size: int, window: int, overlap: float) -> list[int]:
     return starts
 
 
-def _view_scores(
-    segmentor: Segmentor,
-    views: Tensor,  # [V, 3, w, w] in 0..255
-    text: Tensor,  # [T, P, d]
-) -> Tensor:  # [V, T, w, w]
-    """Scores of square views at their own size; logits are resized, then squashed to 0..1."""
-    logits = segmentor(preprocess(views, segmentor.clip), text).logits.float()
-    return _resize(logits, views.shape[-1]).sigmoid()
-
-
 def _resize(x: Tensor, size: int | Sequence[int]) -> Tensor:  # [B, C, h, w] -> [B, C, H, W]
     new = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     if tuple(x.shape[-2:]) == new:
         return x
     return F.interpolate(x, size=new, mode="bilinear", align_corners=False)
+
+
+def _resize_maps(x: Tensor, size: int | Sequence[int]) -> Tensor:  # [n, h, w] -> [n, H, W]
+    """Maps resized one by one: torch's CPU code rounds otherwise for three channels, and how many go together here
+    must not matter."""
+    return _resize(x[:, None], size)[:, 0]
 
 
 def _on(image: Tensor, segmentor: Segmentor) -> Tensor:
