@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -290,7 +291,11 @@ def evaluate(
     ] = None,
     root: Annotated[Path, typer.Option(help="Folder below which the data are.")] = Path(),
     data: Annotated[
-        str, typer.Option(help="A data set in its published folders below the root: a150 ('infoclip data list').")
+        str,
+        typer.Option(
+            help="Data sets in their published folders below the root: a150, or a150,pc59, or all six of the papers: "
+            "all ('infoclip data list')."
+        ),
     ] = "",
     images: Annotated[str, typer.Option(help="Folder of images, below the root.")] = "images",
     masks: Annotated[str, typer.Option(help="Folder of masks, below the root.")] = "masks",
@@ -300,36 +305,54 @@ def evaluate(
     label_map: Annotated[str, typer.Option(help="Annotation value -> class: a shipped name or a JSON file.")] = "",
     ignore_index: Annotated[int, typer.Option(help="Mask value without a label.")] = 255,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="Write the result as JSON here.")] = None,
+    seen: Annotated[
+        str, typer.Option(help="Class list of what counts as seen. Default: what the model was trained on.")
+    ] = "",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for JSON, HTML report and counts by image; a stopped call goes on from them."),
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that share the images.")] = 1,
     per_class: Annotated[bool, typer.Option("--per-class", help="Also a table of all classes.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Mean IoU and its kin of a trained model on images with masks."""
     from rich.console import Console
 
-    from infoclip.evaluate.run import evaluate_benchmark, evaluate_folder
+    from infoclip.data.benchmarks import get_benchmark
+    from infoclip.data.classes import load_classes
+    from infoclip.evaluate.run import SIX, evaluate_benchmarks, evaluate_folder, summary_table
 
+    options: dict[str, Any] = {
+        "seen": load_classes(seen) if seen else None,
+        "overrides": overrides or [],
+        "device": device,
+        "out": out,
+        "processes": processes,
+        "progress": not quiet,
+    }
     if data:
-        result = evaluate_benchmark(
-            path, data, root, overrides=overrides or [], device=device, out=out, progress=not quiet
-        )
+        names = list(SIX) if data == "all" else [name.strip() for name in data.split(",") if name.strip()]
+        results = evaluate_benchmarks(path, names, root, **options)
+        titles = {name: get_benchmark(name).title for name in names}
     else:
+        chosen = classes or root / "classes.json"
         result = evaluate_folder(
-            path,
-            root / images,
-            root / masks,
-            classes or root / "classes.json",
-            label_map=label_map or None,
-            ignore_index=ignore_index,
-            overrides=overrides or [],
-            device=device,
-            out=out,
-            progress=not quiet,
+            path, root / images, root / masks, chosen, label_map=label_map or None, ignore_index=ignore_index, **options
         )
+        results, titles = {"evaluation": result}, {"evaluation": "evaluation"}
+    if int(os.environ.get("RANK", "0")):
+        return  # torchrun: the first process speaks for all
     console = Console()
-    console.print(result.summary_table())
-    if per_class:
-        console.print(result.class_table())
+    for name, result in results.items():
+        if len(results) == 1:
+            console.print(result.summary_table())
+        if per_class:
+            console.print(titles[name], result.class_table(), sep="\n")
+    if len(results) > 1:
+        console.print(summary_table(results, titles))
+    if out is not None:
+        print(out / ("summary.html" if len(results) > 1 else f"{next(iter(results))}.html"))
 
 
 @app.command()

@@ -283,9 +283,9 @@ def test_convert_evaluate_and_train_from_the_command_line(tmp_path: Path) -> Non
     scores = []
     for _ in range(2):  # from the original, then from the converted masks
         result = call("evaluate", tmp_path / "model", "--data", "pas20b", "--root", tmp_path, "--out",
-                      tmp_path / "o.json", "--quiet")  # fmt: skip
+                      tmp_path / "o", "--quiet")  # fmt: skip
         assert result.exit_code == 0, result.output
-        data = json.loads((tmp_path / "o.json").read_text())
+        data = json.loads((tmp_path / "o/pas20b.json").read_text())
         assert len(data["per_class"]) == 21
         assert data["per_class"][20]["name"] == "background"
         assert data["per_class"][20]["pixels"] > 0

@@ -168,7 +168,7 @@ def test_evaluate_model_tells_seen_from_unseen(tmp_path: Path) -> None:
     assert result.unseen.miou == 0.0
     assert result.seen.miou == pytest.approx((1 + (by_name["b"].iou or 0)) / 2, abs=EXACT)
     assert result.harmonic == 0.0
-    result.save(tmp_path / "deep" / "result.json")
+    result.save(tmp_path / "deep", "result")
     saved = json.loads((tmp_path / "deep" / "result.json").read_text())
     assert saved["seen"]["miou"] == result.seen.miou
     assert saved["per_class"][2]["name"] == "c"
@@ -185,8 +185,8 @@ def test_figures_without_a_value_are_null(tmp_path: Path) -> None:
     assert data["per_class"][0]["seen"] is None
     assert data["overall"]["miou"] == 1.0
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="Cannot write the evaluation"):
-        result.save(tmp_path / "file" / "result.json")
+    with pytest.raises(StorageError, match="Cannot write"):
+        result.save(tmp_path / "file", "result")
 
 
 def test_nothing_to_evaluate() -> None:
@@ -205,10 +205,10 @@ def test_evaluate_folder(tmp_path: Path) -> None:
         Image.fromarray(rng.integers(0, 255, (33, 41, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{i}.png")
         Image.fromarray(rng.choice([0, 1, 2, 255], (33, 41)).astype(np.uint8)).save(tmp_path / "masks" / f"{i}.png")
     arguments = (tmp_path / "model", tmp_path / "images", tmp_path / "masks")
-    result = evaluate_folder(*arguments, ["cat", "bird", "dog"], device="cpu", out=tmp_path / "o.json", progress=False)
+    result = evaluate_folder(*arguments, ["cat", "bird", "dog"], device="cpu", out=tmp_path / "o", progress=False)
     assert [row.seen for row in result.per_class] == [True, False, True]
     assert result.images == 2
-    assert json.loads((tmp_path / "o.json").read_text())["settings"]["classes"] == ["cat", "bird", "dog"]
+    assert json.loads((tmp_path / "o/evaluation.json").read_text())["settings"]["classes"] == ["cat", "bird", "dog"]
     with pytest.raises(DataError, match="label 2"):
         evaluate_folder(*arguments, ["cat", "dog"], device="cpu", progress=False)
     # With the list of 20 objects and 39 backgrounds, whatever is a background counts as class 20.

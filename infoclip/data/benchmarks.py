@@ -158,8 +158,9 @@ def find_forms(name: str, root: str | Path) -> list[Form]:
 
 def _find(benchmark: Benchmark, root: str | Path, kind: Literal["converted", "original"]) -> Form:
     base = Path(root) / benchmark.folder
-    if not base.is_dir():
-        base = Path(root)
+    parts = (benchmark.images, benchmark.masks, benchmark.converted)
+    if not base.is_dir() and any((Path(root) / Path(part).parts[0]).exists() for part in parts):
+        base = Path(root)  # the data set's own folder was named
     if kind == "original":
         form = Form(kind, base / benchmark.images, base / benchmark.masks)
         _FINDERS.get(benchmark.name, _find_folders)(benchmark, base, form)

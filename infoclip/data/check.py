@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from infoclip.data.ahead import in_order
 from infoclip.data.folders import PairDataset
 from infoclip.errors import DataError, StorageError
 from infoclip.progress import tracked
@@ -68,14 +67,13 @@ def check_dataset(dataset: PairDataset, title: str, *, workers: int = 4, progres
         labels = np.where(mask == dataset.ignore_index, classes, mask)
         return _Outcome(np.bincount(labels.ravel(), minlength=classes + 1), "")
 
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        outcomes = (future.result() for future in _submitted(pool, check, len(dataset), ahead=4 * max(1, workers)))
-        for counts, fault in tracked(outcomes, f"checking {title}", progress, total=len(dataset)):
-            if counts is None:
-                report.faults.append(fault)
-            else:
-                report.images += 1
-                report.pixels += counts
+    outcomes = in_order(check, range(len(dataset)), workers, ahead=4 * workers)
+    for counts, fault in tracked(outcomes, f"checking {title}", progress, total=len(dataset)):
+        if counts is None:
+            report.faults.append(fault)
+        else:
+            report.images += 1
+            report.pixels += counts
     report.seconds = time.perf_counter() - start
     return report
 
@@ -134,13 +132,3 @@ def _plain(name: str) -> str:
     """A name as one short line; ``$`` would start a formula."""
     line = " ".join(name.split()).replace("$", r"\$")
     return line if len(line) <= 28 else line[:27] + "…"
-
-
-def _submitted(pool: Executor, work: object, count: int, ahead: int) -> Iterator[Future[_Outcome]]:
-    """The futures in order, never more than ``ahead`` of them started before the first is read."""
-    waiting: list[Future[_Outcome]] = []
-    for index in range(count):
-        waiting.append(pool.submit(work, index))  # type: ignore[arg-type]
-        if len(waiting) >= ahead:
-            yield waiting.pop(0)
-    yield from waiting

@@ -15,7 +15,7 @@ from typing import Any
 
 from infoclip.errors import DataError
 
-__all__ = ["check_classes", "class_list_names", "load_classes", "load_label_map", "select_classes"]
+__all__ = ["check_classes", "class_list_names", "load_classes", "load_label_map", "overlap", "select_classes"]
 
 _VALUE_MINUS_ONE = ("ade20k_150", "pascal_context_459", "voc_20")
 """Benchmarks whose annotation value ``v`` is class ``v - 1`` (0 carries no label)."""
@@ -116,6 +116,22 @@ def select_classes(classes: Sequence[str], chosen: Sequence[str]) -> list[int]:
             raise DataError(f"'{name}' is not one of the {len(classes)} classes of the data{hint}")
         out.append(index[name])
     return out
+
+
+def overlap(classes: Sequence[str], trained: Sequence[str]) -> list[bool]:
+    """Whether each class was trained on, by its names: one of its synonyms is also one of a training class.
+
+    Capitals, blanks, hyphens and underscores do not count ("dining table" is "diningtable"), nor do the endings
+    ``-other`` and ``-stuff`` by which COCO-Stuff sets its stuff apart ("sky-other" is "sky"). Different words for one
+    thing do ("sofa" is not "couch").
+    """
+    known = {key for name in trained for key in _keys(name)}
+    return [not known.isdisjoint(_keys(name)) for name in classes]
+
+
+def _keys(name: str) -> set[str]:
+    plain = (synonym.strip().casefold().removesuffix("-other").removesuffix("-stuff") for synonym in name.split(", "))
+    return {"".join(c for c in synonym if c not in " -_") for synonym in plain}
 
 
 def _read(name_or_file: str | Path) -> tuple[str, str]:

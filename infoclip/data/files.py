@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
@@ -96,8 +97,7 @@ def read_label_map_mat(path: str | Path) -> Tensor:
 
     try:
         content = _inflated_mat(Path(path).read_bytes())
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             array = scipy.io.loadmat(io.BytesIO(content), variable_names=["LabelMap"]).get("LabelMap")
     except FileNotFoundError as error:
         raise DataError(f"There is no mask {path}; check the path.") from error
@@ -169,8 +169,7 @@ def below(root: Path, name: str, source: str | Path) -> Path:
 
 def _open(path: str | Path, kind: str) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
+        with _quiet():  # our own limit is checked below
             picture = Image.open(path, formats=_FORMATS)
     except FileNotFoundError as error:
         raise DataError(f"There is no {kind} {path}; check the path.") from error
@@ -193,13 +192,38 @@ def _open(path: str | Path, kind: str) -> Image.Image:
 @contextmanager
 def _decoding(path: str | Path, kind: str) -> Iterator[None]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata are for developers
+        with _quiet():
             yield
     except DataError:
         raise
     except _FAULTS as error:
         raise DataError(f"The {kind} {path} is damaged ({_reason(error)}); replace or remove it.") from error
+
+
+_QUIET = threading.Lock()
+_quiet_depth = 0
+_quiet_filters = warnings.catch_warnings()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Pillow's and scipy's remarks on odd files are for developers. The filters of warnings belong to the whole process
+    and readers may be threads: the first one in changes them, the last one out puts them back."""
+    global _quiet_depth, _quiet_filters
+    with _QUIET:
+        _quiet_depth += 1
+        if _quiet_depth == 1:
+            _quiet_filters = warnings.catch_warnings()
+            _quiet_filters.__enter__()
+            warnings.filterwarnings("ignore", module=r"(PIL|scipy)\.")
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    try:
+        yield
+    finally:
+        with _QUIET:
+            _quiet_depth -= 1
+            if _quiet_depth == 0:
+                _quiet_filters.__exit__(None, None, None)
 
 
 def _reason(error: BaseException) -> str:

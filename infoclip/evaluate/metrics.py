@@ -15,11 +15,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Scores", "SegmentationMetrics", "harmonic_mean"]
+__all__ = ["Confusion", "PairCounts", "Scores", "SegmentationMetrics", "harmonic_mean"]
+
+_DENSE_CELLS = 4_000_000
+"""Up to so many cells the confusion matrix is one tensor (32 MB); beyond (2,000 classes), only cells that occur."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +42,37 @@ class Scores:
     """Share of the labelled pixels that are right."""
 
 
+@dataclass(frozen=True)
+class Confusion:
+    """Pixels of one class that were predicted as another."""
+
+    true: int
+    predicted: int
+    pixels: int
+
+
+class PairCounts(NamedTuple):
+    """How often pairs of prediction and target occur, say in one image: the cells of a confusion matrix that are not 0.
+
+    A cell is ``prediction * (K + 1) + target``, where the target K stands for no label.
+    """
+
+    cells: Tensor  # int64 [n], ascending
+    counts: Tensor  # int64 [n]
+
+
 class SegmentationMetrics:
-    """Counts predicted and true labels; every metric follows from the counts.
+    """Counts predicted and true labels; every metric follows from the counts, in any order of the images.
+
+    Memory: 8 bytes a cell of the matrix up to 2,000 classes, beyond that 16 bytes a pair of classes that occurs.
 
     Args:
         num_classes: K; predictions are 0 .. K-1, targets too or ``ignore_index``.
         ignore_index: target value of pixels that carry no label; they count nowhere.
 
     Attributes:
-        confusion: int64 [K + 1, K + 1] on the CPU, rows the prediction, columns the target; the last column counts
-            the pixels without a label, the last row stays empty.
+        true_positives, target_pixels, predicted_pixels: int64 [K] on the CPU: labelled pixels of each class that are
+            right, that are in the ground truth, that were predicted.
     """
 
     def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
@@ -57,14 +82,25 @@ class SegmentationMetrics:
             raise ValueError(f"ignore_index {ignore_index} is one of the {num_classes} classes; expected another value")
         self.num_classes = num_classes
         self.ignore_index = ignore_index
-        self.confusion = torch.zeros(num_classes + 1, num_classes + 1, dtype=torch.int64)
+        self.true_positives, self.target_pixels, self.predicted_pixels = torch.zeros(3, num_classes, dtype=torch.int64)
+        self._is_dense = (num_classes + 1) ** 2 <= _DENSE_CELLS
+        self._dense = torch.zeros((num_classes + 1) ** 2 if self._is_dense else 0, dtype=torch.int64)
+        self._sparse = [PairCounts(self._dense[:0], self._dense[:0])]
 
     def update(
         self,
         prediction: Tensor,  # [...], integer
         target: Tensor,  # [...], integer, of the same shape
     ) -> None:
-        """Add the pixels of one image or of a batch.
+        """Add the pixels of one image or of a batch; raises as :meth:`count`."""
+        self.add(self.count(prediction, target))
+
+    def count(
+        self,
+        prediction: Tensor,  # [...], integer
+        target: Tensor,  # [...], integer, of the same shape
+    ) -> PairCounts:
+        """The counts of one image or of a batch, without adding them.
 
         Raises:
             TypeError: labels that are not integers.
@@ -86,29 +122,78 @@ class SegmentationMetrics:
                 value = int((predicted if name == "prediction" else true)[wrong][0])
                 raise ValueError(f"{name} holds the label {value}; expected 0 to {count - 1}")
         cell = predicted * (count + 1) + true.masked_fill(ignored, count)
-        counts = torch.bincount(cell, minlength=(count + 1) ** 2)
-        self.confusion += counts.cpu().view(count + 1, count + 1)
+        if self._is_dense:
+            counts = torch.bincount(cell, minlength=(count + 1) ** 2)
+            cells = counts.nonzero()[:, 0]
+            counts = counts[cells]
+        else:
+            cells, counts = cell.unique(return_counts=True)
+        return PairCounts(cells.cpu(), counts.cpu())
+
+    def add(self, pairs: PairCounts) -> None:
+        """Add counts of this class list, such as :meth:`count`'s of an image or :meth:`pairs` of another process.
+
+        Raises:
+            ValueError: cells outside the matrix, or counts below 0.
+        """
+        cells, counts = pairs
+        side = self.num_classes + 1
+        if len(cells) and (
+            int(cells.min()) < 0 or int(cells.max()) >= side * self.num_classes or int(counts.min()) < 0
+        ):
+            raise ValueError(f"the counts are not those of {self.num_classes} classes")
+        predicted, true = cells // side, cells % side
+        labelled = true < self.num_classes
+        right = predicted == true
+        self.target_pixels.index_add_(0, true[labelled], counts[labelled])
+        self.predicted_pixels.index_add_(0, predicted[labelled], counts[labelled])
+        self.true_positives.index_add_(0, true[right], counts[right])
+        if self._is_dense:
+            self._dense.index_add_(0, cells, counts)
+            return
+        self._sparse.append(pairs)
+        if sum(len(p.cells) for p in self._sparse[1:]) > max(1_000_000, len(self._sparse[0].cells)):
+            self.pairs()
+
+    def pairs(self) -> PairCounts:
+        """All counts so far."""
+        if self._is_dense:
+            cells = self._dense.nonzero()[:, 0]
+            return PairCounts(cells, self._dense[cells])
+        if len(self._sparse) > 1:
+            cells, place = torch.cat([p.cells for p in self._sparse]).unique(return_inverse=True)
+            counts = torch.zeros_like(cells).index_add_(0, place, torch.cat([p.counts for p in self._sparse]))
+            self._sparse = [PairCounts(cells, counts)]
+        return self._sparse[0]
 
     def merge(self, others: Iterable[SegmentationMetrics]) -> None:
         """Add the counts of metrics over the same classes, such as those of other processes."""
         for other in others:
             if other.num_classes != self.num_classes:
                 raise ValueError(f"cannot add metrics over {other.num_classes} classes to {self.num_classes}")
-            self.confusion += other.confusion
+            self.add(other.pairs())
 
     @property
-    def true_positives(self) -> Tensor:  # [K]
-        return self.confusion.diagonal()[:-1]
+    def confusion(self) -> Tensor:  # int64 [K + 1, K + 1] on the CPU
+        """The whole matrix: rows the prediction, columns the target; the last column counts the pixels without a
+        label, the last row stays empty."""
+        side = self.num_classes + 1
+        if self._is_dense:
+            return self._dense.view(side, side)
+        pairs = self.pairs()
+        return torch.zeros(side * side, dtype=torch.int64).index_add_(0, *pairs).view(side, side)
 
-    @property
-    def target_pixels(self) -> Tensor:  # [K]
-        """Labelled pixels of each class."""
-        return self.confusion[:-1, :-1].sum(0)
-
-    @property
-    def predicted_pixels(self) -> Tensor:  # [K]
-        """Labelled pixels that were predicted as each class."""
-        return self.confusion[:-1, :-1].sum(1)
+    def confusions(self, limit: int, true: int | None = None) -> list[Confusion]:
+        """The most frequent mistakes, most pixels first, at most ``limit`` of them: of all classes, or of one."""
+        side = self.num_classes + 1
+        cells, counts = self.pairs()
+        predicted, target = cells // side, cells % side
+        wrong = (target < self.num_classes) & (predicted != target)
+        if true is not None:
+            wrong &= target == true
+        order = counts[wrong].sort(descending=True, stable=True).indices[:limit]
+        rows = (values[wrong][order].tolist() for values in (target, predicted, counts))
+        return [Confusion(*row) for row in zip(*rows, strict=True)]
 
     def iou(self) -> Tensor:  # [K] float64
         """IoU of each class; NaN for a class that is absent from the ground truth."""

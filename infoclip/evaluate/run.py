@@ -1,22 +1,30 @@
-"""One evaluation: a predictor over a dataset, with a table a class and the seen and unseen classes apart."""
+"""One evaluation: a predictor over a dataset, with a table a class and the seen and unseen classes apart.
+
+Counts are whole numbers, so that an evaluation that was stopped and goes on, or that several processes share, ends in
+the same metrics bit for bit (given the same labels: that holds for the same device and number of threads).
+"""
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from infoclip.errors import DataError, StorageError
-from infoclip.evaluate.metrics import Scores, SegmentationMetrics, harmonic_mean
+from infoclip import __version__
+from infoclip.data.ahead import in_order
+from infoclip.errors import ConfigError, DataError, InfoclipWarning
+from infoclip.evaluate.metrics import Confusion, Scores, SegmentationMetrics, harmonic_mean
+from infoclip.evaluate.records import ImageRecord, Records
+from infoclip.evaluate.workers import Workers, joined, run_in_processes
 from infoclip.progress import tracked
 
 if TYPE_CHECKING:
@@ -28,20 +36,32 @@ if TYPE_CHECKING:
     from infoclip.model.segmentor import Segmentor
 
 __all__ = [
+    "SIX",
     "ClassResult",
     "Dataset",
     "EvaluationResult",
     "Predictor",
+    "Throughput",
     "evaluate_benchmark",
+    "evaluate_benchmarks",
     "evaluate_folder",
     "evaluate_model",
     "segmentor_predictor",
+    "summary_rows",
+    "summary_table",
     "without_nan",
     "zero_shot_predictor",
 ]
 
 Predictor = Callable[[Tensor], Tensor]
 """From an image, uint8 [3, H, W] RGB, to its labels, integer [H, W]."""
+
+
+SIX = ("a847", "pc459", "a150", "pc59", "pas20", "pas20b")
+"""The benchmarks of the papers' tables, in their order."""
+
+_WORST = 20
+"""Classes whose mistakes are listed."""
 
 
 class Dataset(Protocol):
@@ -69,6 +89,24 @@ class ClassResult:
 
 
 @dataclass(frozen=True)
+class Throughput:
+    """How fast one call went: what an earlier one had done is left out."""
+
+    images: int
+    seconds: float
+    """From the first image to the last, of the slowest process."""
+    read_seconds: float
+    """Waited for reading, which runs ahead of prediction; this and the next two summed over processes."""
+    predict_seconds: float
+    count_seconds: float
+    processes: int = 1
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds if self.images and self.seconds > 0 else math.nan
+
+
+@dataclass(frozen=True)
 class EvaluationResult:
     """Metrics in 0..1 over all classes, over those of the training list and over the others; NaN where unmeasured."""
 
@@ -77,10 +115,15 @@ class EvaluationResult:
     unseen: Scores
     per_class: list[ClassResult]
     images: int
-    seconds: float
-    """Time spent predicting and counting, without reading."""
+    throughput: Throughput
+    confusions: list[Confusion] = field(default_factory=list)
+    """The pairs of classes that were confused most, by pixels."""
+    worst: dict[int, list[Confusion]] = field(default_factory=dict)
+    """The classes with the lowest IoU, and what most of their pixels were predicted as."""
+    image_records: list[ImageRecord] = field(default_factory=list, repr=False)
     settings: dict[str, Any] = field(default_factory=dict)
     """What the result depends on beside the model: folders, prompt templates, test-time settings."""
+    environment: dict[str, Any] = field(default_factory=dict)
 
     @property
     def harmonic(self) -> float:
@@ -89,45 +132,53 @@ class EvaluationResult:
 
     @property
     def images_per_second(self) -> float:
-        return self.images / self.seconds if self.seconds > 0 else math.nan
+        """Of this call, reading included; NaN if an earlier one had done everything."""
+        return self.throughput.images_per_second
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; what could not be measured is None."""
+        """Plain values for JSON; what could not be measured is None. All but ``run`` is the same for every run."""
         data = {
             "overall": asdict(self.overall),
             "seen": asdict(self.seen),
             "unseen": asdict(self.unseen),
             "harmonic": self.harmonic,
             "images": self.images,
-            "seconds": self.seconds,
-            "images_per_second": self.images_per_second,
             "settings": self.settings,
             "per_class": [asdict(row) for row in self.per_class],
+            "confusions": [self._named(c) for c in self.confusions],
+            "worst_classes": {
+                self.per_class[i].name: [self._named(c) for c in found] for i, found in self.worst.items()
+            },
+            "run": {
+                "throughput": {**asdict(self.throughput), "images_per_second": self.images_per_second},
+                "environment": self.environment,
+            },
         }
         return without_nan(data)
 
-    def save(self, path: str | Path) -> None:
-        """Write :meth:`to_dict` as JSON, whole or not at all.
+    def _named(self, confusion: Confusion) -> dict[str, Any]:
+        true, predicted = self.per_class[confusion.true], self.per_class[confusion.predicted]
+        return {"class": true.name, "predicted": predicted.name, "pixels": confusion.pixels,
+                "share": confusion.pixels / true.pixels}  # fmt: skip
+
+    def save(self, folder: str | Path, name: str) -> Path:
+        """Write :meth:`to_dict` as ``NAME.json``, whole or not at all.
 
         Raises:
             StorageError: the file cannot be written.
         """
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-            temporary.replace(path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise StorageError(f"Cannot write the evaluation {path}: {error.strerror or error}.") from error
+        from infoclip.api import write_files
+
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        return write_files(Path(folder), {f"{name}.json": text.encode()})[0]
 
     def summary_table(self) -> Table:
         """The metrics for the terminal, in percent."""
         from rich.table import Table
 
-        table = Table(title=f"{self.images} images, {self.images_per_second:.2f} images/s", title_justify="left")
+        speed = self.images_per_second
+        done = "" if math.isnan(speed) else f", {speed:.2f} images/s"
+        table = Table(title=f"{self.images} images{done}", title_justify="left")
         table.add_column("classes")
         for name in ("mIoU", "mIoU (legacy)", "fwIoU", "mACC", "pACC"):
             table.add_column(name, justify="right")
@@ -141,12 +192,13 @@ class EvaluationResult:
             table.add_row(name, *(_percent(v) for v in (s.miou, s.miou_legacy, s.fwiou, s.macc, s.pacc)))
         if len(rows) > 1:
             table.add_row("harmonic mean", _percent(self.harmonic))
-        table.caption = "mIoU: mean over classes present in the ground truth; legacy: divided by those also predicted"
+        table.caption = CONVENTIONS
         table.caption_justify = "left"
         return table
 
     def class_table(self) -> Table:
         """One row a class for the terminal, in percent."""
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table()
@@ -155,7 +207,9 @@ class EvaluationResult:
             table.add_column(name, justify="right")
         names = {True: "seen", False: "unseen", None: ""}
         for row in self.per_class:
-            table.add_row(row.name, names[row.seen], _percent(row.iou), _percent(row.accuracy), f"{row.pixels:,}")
+            table.add_row(
+                escape(row.name), names[row.seen], _percent(row.iou), _percent(row.accuracy), f"{row.pixels:,}"
+            )
         return table
 
 
@@ -165,13 +219,13 @@ def segmentor_predictor(segmentor: Segmentor, classes: Sequence[str], config: Ev
     Raises:
         DataError: a class list that cannot be used.
     """
-    from infoclip.model.inference import predict_scores
+    from infoclip.model.inference import predict_labels
 
     with torch.no_grad():
         text = segmentor.clip.text_features(list(classes))
 
     def predict(image: Tensor) -> Tensor:  # [3, H, W] -> [H, W]
-        return predict_scores(segmentor, image, text, config).argmax(dim=0)
+        return predict_labels(segmentor, image, text, config)[1]
 
     return predict
 
@@ -206,32 +260,100 @@ def evaluate_model(
     description: str = "evaluating",
     on_prediction: Callable[[int, dict[str, Any], Tensor], None] | None = None,
     settings: dict[str, Any] | None = None,
+    environment: dict[str, Any] | None = None,
+    neither: Sequence[str] = (),
+    records: Records | None = None,
+    workers: Workers | None = None,
 ) -> EvaluationResult:
-    """Run a predictor over every image and count.
+    """Run a predictor over every image and count; the next image is read meanwhile.
 
     Args:
         predictor: see :data:`Predictor`; it must know all of ``classes``.
         dataset: samples whose masks index ``classes``.
         seen: the classes that were trained on; the rest is unseen. None if that is not known.
         on_prediction: called with each index, sample and predicted labels [H, W].
+        neither: classes that count as neither seen nor unseen.
+        records: where counts are kept; images that are recorded there are not predicted again.
+        workers: the processes that share the images; each calls this with the same arguments and gets the whole result.
 
     Raises:
         DataError: an empty dataset, or files that cannot be used.
+        StorageError: the records cannot be written.
     """
-    if not len(dataset):
+    workers = workers or Workers()
+    total = len(dataset)
+    if not total:
         raise DataError("There is no image to evaluate; expected at least one.")
     metrics = SegmentationMetrics(len(classes), ignore_index)
-    seconds = 0.0
-    with torch.no_grad():
-        for index in tracked(range(len(dataset)), description, progress):
-            sample = dataset[index]
-            start = time.perf_counter()
-            labels = predictor(sample["image"].as_subclass(Tensor))
-            metrics.update(labels, sample["mask"].as_subclass(Tensor))
-            seconds += time.perf_counter() - start
-            if on_prediction is not None:
-                on_prediction(index, sample, labels)
-    return _result(metrics, classes, seen, len(dataset), seconds, settings or {})
+    images: list[ImageRecord] = []
+    if records is not None and workers.first:
+        images, differs = records.collect(metrics.add)
+        if differs:
+            warnings.warn(
+                f"The earlier evaluation in {records.path} was of another kind ({differs}); it is started over.",
+                InfoclipWarning,
+                stacklevel=2,
+            )
+    done = workers.broadcast({record.index for record in images})
+    if records is not None:
+        records.open(workers.rank)
+    mine = [i for i in range(total) if i not in done][workers.rank :: workers.count]
+    read = predict = count = 0.0
+    whole = time.perf_counter()
+    try:
+        with torch.no_grad():
+            for index, sample, waited in tracked(_samples(dataset, mine), description, progress, total=len(mine)):
+                start = time.perf_counter()
+                labels = predictor(sample["image"].as_subclass(Tensor))
+                labels = labels.cpu()  # waits for the GPU, so that the next figure is of counting alone
+                middle = time.perf_counter()
+                mask = sample["mask"].as_subclass(Tensor)
+                pairs = metrics.count(labels, mask)
+                metrics.add(pairs)
+                end = time.perf_counter()
+                images.append(
+                    ImageRecord(
+                        index, Path(str(sample["file"])).name, int((mask != ignore_index).sum()),
+                        int((labels == mask).sum()), None,
+                    )
+                )  # fmt: skip
+                if records is not None:
+                    records.append(replace(images[-1], pairs=pairs), (waited, middle - start, end - middle))
+                read, predict, count = read + waited, predict + middle - start, count + end - middle
+                if on_prediction is not None:
+                    on_prediction(index, sample, labels)
+    finally:
+        if records is not None:
+            records.close()
+    times = (len(mine), time.perf_counter() - whole, read, predict, count)
+    parts = workers.gather((metrics.pairs(), images, times))
+    if workers.count > 1:
+        metrics, images = SegmentationMetrics(len(classes), ignore_index), []
+        for pairs, part, _ in parts:
+            metrics.add(pairs)
+            images += part
+    if records is not None and workers.first:
+        records.collect(lambda _: None)  # into one file
+    sums = [sum(column) for column in zip(*(t for _, _, t in parts), strict=True)]
+    throughput = Throughput(int(sums[0]), max(t[1] for _, _, t in parts), sums[2], sums[3], sums[4], workers.count)
+    images.sort(key=lambda record: record.index)
+    return _result(metrics, classes, seen, neither, images, throughput, settings or {}, environment or {})
+
+
+def _samples(dataset: Dataset, indices: Sequence[int]) -> Iterator[tuple[int, dict[str, Any], float]]:
+    """Each sample with its index and the seconds that it was waited for."""
+
+    def read(index: int) -> tuple[int, dict[str, Any]]:
+        return index, dataset[index]
+
+    samples = in_order(read, indices, threads=1, ahead=2)
+    while True:
+        start = time.perf_counter()
+        try:
+            index, sample = next(samples)
+        except StopIteration:
+            return
+        yield index, sample, time.perf_counter() - start
 
 
 def evaluate_folder(
@@ -246,6 +368,7 @@ def evaluate_folder(
     overrides: Sequence[str] = (),
     device: str = "auto",
     out: str | Path | None = None,
+    processes: int = 1,
     progress: bool = True,
 ) -> EvaluationResult:
     """Evaluate a trained model on a folder of images and a folder of masks.
@@ -256,9 +379,12 @@ def evaluate_folder(
             the background (CAT-Seg, section 4.1).
         label_map: shipped list or JSON file that maps annotation values to class indices; without it a mask's value is
             the index. Values that the map does not name carry no label.
-        seen: names that count as seen; by default those of the model's training list that are in ``classes``.
+        seen: names that count as seen; by default those of the model's training list
+            (:func:`infoclip.data.classes.overlap`).
         overrides: ``key=value`` for the model's config, such as ``eval.sliding_window=false``.
-        out: file for the result as JSON.
+        out: folder for ``evaluation.json``, the report ``evaluation.html`` and ``evaluation.images.jsonl``, from which
+            the same call goes on where it was stopped.
+        processes: so many share the images; within ``torchrun`` its processes do.
 
     Raises:
         CheckpointError, ConfigError, DataError, StorageError: see the classes.
@@ -272,29 +398,46 @@ def evaluate_folder(
     mapping = None if label_map is None else load_label_map(label_map)
     ignored = ignore_index if mapping is None else max(ignore_index, len(names))
     dataset = FolderDataset(images, masks, names, ignored, mapping)
+    if processes > 1:
+        return run_in_processes(
+            processes, evaluate_folder, model, images, masks, classes, label_map=label_map, ignore_index=ignore_index,
+            seen=seen, overrides=overrides, device=device, out=out, progress=progress,
+        )  # fmt: skip
     where = {"images": str(images), "masks": str(masks)}
-    return _evaluate(model, dataset, str(classes) == "voc_20b", where, seen, overrides, device, out, progress)
+    chosen = _Set("evaluation", Path(images).name, dataset, str(classes) == "voc_20b", where)
+    return _evaluate(model, [chosen], seen, overrides, device, out, progress)[chosen.name]
 
 
-def evaluate_benchmark(
+def evaluate_benchmark(model: str | Path, name: str, root: str | Path, **options: Any) -> EvaluationResult:
+    """:func:`evaluate_benchmarks` on one data set."""
+    return evaluate_benchmarks(model, [name], root, **options)[name]
+
+
+def evaluate_benchmarks(
     model: str | Path,
-    name: str,
+    names: Sequence[str],
     root: str | Path,
     *,
     seen: Sequence[str] | None = None,
     overrides: Sequence[str] = (),
     device: str = "auto",
     out: str | Path | None = None,
+    processes: int = 1,
     progress: bool = True,
-) -> EvaluationResult:
-    """Evaluate a trained model on a data set of the papers, in the folders that it was downloaded to or converted in.
+) -> dict[str, EvaluationResult]:
+    """Evaluate a trained model on data sets of the papers, in the folders that they were downloaded to or converted in.
+
+    Every data set is looked for before the first image is predicted.
 
     Args:
-        model: a run or model directory.
-        name: ``a150``, ``a847``, ``pc59``, ``pc459``, ``pas20``, ``pas20b``, ``coco-val``, ``coco-train``. On
-            ``pas20b`` every prediction from class 20 on is the background (CAT-Seg, section 4.1).
-        root: the folder above the data set's own, or that folder itself.
-        seen, overrides, device, out, progress: as :func:`evaluate_folder`'s.
+        model: a run or model directory, or a published checkpoint.
+        names: of ``a150``, ``a847``, ``pc59``, ``pc459``, ``pas20``, ``pas20b``, ``coco-val``, ``coco-train``;
+            :data:`SIX` are those of the papers. On ``pas20b`` every prediction from class 20 on is the background
+            (CAT-Seg, section 4.1), which counts as neither seen nor unseen.
+        root: the folder above the data sets' own, or that folder itself.
+        out: folder for ``NAME.json``, ``NAME.html`` and ``NAME.images.jsonl`` of each, from which the same call goes on
+            where it was stopped; for several also ``summary.json`` and ``summary.html``.
+        seen, overrides, device, processes, progress: as :func:`evaluate_folder`'s.
 
     Raises:
         CheckpointError, ConfigError, DataError, StorageError: see the classes.
@@ -302,81 +445,213 @@ def evaluate_benchmark(
     from infoclip.api import check_path
     from infoclip.data.benchmarks import get_benchmark, open_benchmark
 
-    get_benchmark(name)
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"The data sets are '{','.join(names)}'; expected one or more different names.")
+    for name in names:
+        get_benchmark(name)
     check_path(model)
-    dataset = open_benchmark(name, root, progress=progress)
-    where = {"benchmark": name, "root": str(root), "masks": str(dataset.pairs[0][1].parent)}
-    return _evaluate(model, dataset, name == "pas20b", where, seen, overrides, device, out, progress)
+    sets, faults = [], []
+    for name in names:
+        try:
+            dataset = open_benchmark(name, root, progress=progress)
+        except DataError as error:
+            faults.append(str(error))
+            continue
+        where = {"benchmark": name, "root": str(root), "masks": str(dataset.pairs[0][1].parent)}
+        sets.append(_Set(name, get_benchmark(name).title, dataset, name == "pas20b", where))
+    if faults:
+        rest = f" (and {len(faults) - 1} more of the {len(names)} data sets have faults)" if len(faults) > 1 else ""
+        raise DataError(faults[0].rstrip(".") + rest + ".")
+    if processes > 1:
+        return run_in_processes(
+            processes, evaluate_benchmarks, model, names, root, seen=seen, overrides=overrides, device=device, out=out,
+            progress=progress,
+        )  # fmt: skip
+    return _evaluate(model, sets, seen, overrides, device, out, progress)
+
+
+@dataclass(frozen=True)
+class _Set:
+    """One data set to evaluate on."""
+
+    name: str
+    """Of the files."""
+    title: str
+    dataset: PairDataset
+    background: bool
+    """Whether every class from 20 on is the background, class 20."""
+    where: dict[str, str]
 
 
 def _evaluate(
     model: str | Path,
-    dataset: PairDataset,
-    background: bool,
-    where: dict[str, str],
+    sets: Sequence[_Set],
     seen: Sequence[str] | None,
     overrides: Sequence[str],
     device: str,
     out: str | Path | None,
     progress: bool,
-) -> EvaluationResult:
-    """Predict, count and save; with ``background`` every class from 20 on is the background, class 20."""
-    from infoclip.api import load
+) -> dict[str, EvaluationResult]:
+    """Predict, count and report; the model is loaded once."""
+    from infoclip.api import load, write_files
     from infoclip.config import apply_overrides
+    from infoclip.data.classes import overlap
+    from infoclip.engine.environment import collect_environment
+    from infoclip.report.evaluation_page import evaluation_page, summary_page
 
-    names, ignored = dataset.classes, dataset.ignore_index
-    loaded = load(model, device=device)
-    config = apply_overrides(loaded.config, list(overrides)).eval
-    predict = segmentor_predictor(loaded.segmentor, names, config)
-    shown = list(names)
-    if background:
-        shown = [*names[:20], "background"]
-        all_names = predict
+    results: dict[str, EvaluationResult] = {}
+    folder = None if out is None else Path(out)
+    with joined() as workers:
+        loaded = load(model, device=workers.device(device))
+        config = apply_overrides(loaded.config, list(overrides)).eval
+        environment = collect_environment()
+        weights = _digest(loaded.segmentor) if folder is not None and workers.first else ""
+        trained = loaded.classes if seen is None else list(seen)
+        for chosen in sets:
+            names = chosen.dataset.classes
+            predict = _with_background(loaded.segmentor, names, config, chosen.background)
+            shown = [*names[:20], "background"] if chosen.background else list(names)
+            settings: dict[str, Any] = {"model": str(model), **chosen.where, "classes": names}
+            settings |= {"templates": list(loaded.segmentor.clip.templates), "eval": asdict(config)}
+            records = None
+            if folder is not None:
+                key = {
+                    "infoclip": __version__,
+                    "weights": workers.broadcast(weights),
+                    "data": _listed(chosen.dataset),
+                    "classes": hashlib.sha256(json.dumps([names, shown]).encode()).hexdigest(),
+                    **{name: settings[name] for name in ("templates", "eval")},
+                }
+                records = Records(folder, chosen.name, key, len(chosen.dataset), len(shown))
+            share = "" if workers.count == 1 else f" (process 1 of {workers.count})"
+            result = evaluate_model(
+                predict,
+                chosen.dataset,
+                shown,
+                [name for name, known in zip(shown, overlap(shown, trained), strict=True) if known],
+                ignore_index=chosen.dataset.ignore_index,
+                progress=progress and workers.first,
+                description=f"evaluating {chosen.title}{share}",
+                settings=settings,
+                environment=environment,
+                neither=["background"] if chosen.background else [],
+                records=records,
+                workers=workers,
+            )
+            results[chosen.name] = result
+            if folder is not None and workers.first:
+                page = evaluation_page(chosen.title, result, chosen.dataset, predict)
+                write_files(folder, {f"{chosen.name}.html": page.encode()})
+                result.save(folder, chosen.name)
+        if folder is not None and workers.first and len(sets) > 1:
+            summary = {
+                name: {**asdict(r.overall), "seen": asdict(r.seen), "unseen": asdict(r.unseen)}
+                | {"harmonic": r.harmonic, "images": r.images}
+                for name, r in results.items()
+            }
+            text = json.dumps(without_nan(summary), indent=2) + "\n"
+            titles = {chosen.name: chosen.title for chosen in sets}
+            write_files(
+                folder,
+                {"summary.html": summary_page(str(model), results, titles).encode(), "summary.json": text.encode()},
+            )
+    return results
 
-        def predict(image: Tensor) -> Tensor:  # [3, H, W] -> [H, W]
-            return all_names(image).clamp(max=20)
 
-    trained = set(loaded.classes if seen is None else seen)
-    result = evaluate_model(
-        predict,
-        dataset,
-        shown,
-        [name for name in shown if name in trained],
-        ignore_index=ignored,
-        progress=progress,
-        settings={"model": str(model), **where, "classes": names}
-        | {"templates": list(loaded.segmentor.clip.templates), "eval": asdict(config)},
-    )
-    if out is not None:
-        result.save(out)
-    return result
+def _with_background(segmentor: Segmentor, names: Sequence[str], config: EvalConfig, background: bool) -> Predictor:
+    """The segmentor's labels; with ``background`` every class from 20 on is the background, class 20."""
+    every = segmentor_predictor(segmentor, names, config)
+    if not background:
+        return every
+
+    def predict(image: Tensor) -> Tensor:  # [3, H, W] -> [H, W]
+        return every(image).clamp(max=20)
+
+    return predict
+
+
+def _digest(module: torch.nn.Module) -> str:
+    """Of all weights and buffers: records of one model are not those of another."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _listed(dataset: PairDataset) -> str:
+    """Of the pairs' names and the masks' sizes on disk."""
+    digest = hashlib.sha256()
+    for image, mask in dataset.pairs:
+        size = mask.stat().st_size if mask.exists() else -1
+        digest.update(f"{image.name}\0{mask.name}\0{size}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def _result(
     metrics: SegmentationMetrics,
     classes: Sequence[str],
     seen: Sequence[str] | None,
-    images: int,
-    seconds: float,
+    neither: Sequence[str],
+    images: list[ImageRecord],
+    throughput: Throughput,
     settings: dict[str, Any],
+    environment: dict[str, Any],
 ) -> EvaluationResult:
     known = None if seen is None else set(seen)
-    flags = [None if known is None else name in known for name in classes]
+    flags = [None if known is None or name in neither else name in known for name in classes]
     iou, accuracy = metrics.iou().tolist(), metrics.accuracy().tolist()
     true, predicted = metrics.target_pixels.tolist(), metrics.predicted_pixels.tolist()
     rows = [
         ClassResult(name, flags[i], _or_none(iou[i]), _or_none(accuracy[i]), true[i], predicted[i])
         for i, name in enumerate(classes)
     ]
+    present = [i for i, row in enumerate(rows) if row.iou is not None]
+    worst = sorted(present, key=lambda i: (rows[i].iou, -rows[i].pixels, i))[:_WORST]
     return EvaluationResult(
         overall=metrics.compute(),
         seen=metrics.compute([i for i, flag in enumerate(flags) if flag is True]),
         unseen=metrics.compute([i for i, flag in enumerate(flags) if flag is False]),
         per_class=rows,
-        images=images,
-        seconds=seconds,
+        images=len(images),
+        throughput=throughput,
+        confusions=metrics.confusions(100),
+        worst={i: metrics.confusions(5, true=i) for i in worst},
+        image_records=images,
         settings=settings,
+        environment=environment,
     )
+
+
+def summary_rows(results: Mapping[str, EvaluationResult], titles: Mapping[str, str]) -> list[list[str]]:
+    """One row a data set: title, images, mIoU, mIoU (legacy), fwIoU, mACC, pACC, mIoU seen and unseen, images/s."""
+    rows = []
+    for name, r in results.items():
+        o = r.overall
+        figures = [_percent(v) for v in (o.miou, o.miou_legacy, o.fwiou, o.macc, o.pacc, r.seen.miou, r.unseen.miou)]
+        speed = "-" if math.isnan(r.images_per_second) else f"{r.images_per_second:.2f}"
+        rows.append([titles[name], f"{r.images:,}", *figures, speed])
+    return rows
+
+
+SUMMARY_HEADER = ("data set", "images", "mIoU", "legacy", "fwIoU", "mACC", "pACC", "seen", "unseen", "images/s")
+"""Names of :func:`summary_rows`'s columns."""
+
+
+def summary_table(results: Mapping[str, EvaluationResult], titles: Mapping[str, str]) -> Table:
+    """Several data sets for the terminal, in percent."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(caption=CONVENTIONS, caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(SUMMARY_HEADER):  # 80 columns hold it
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in summary_rows(results, titles):
+        table.add_row(*row)
+    return table
+
+
+CONVENTIONS = "mIoU: mean over classes present in the ground truth; legacy: divided by those also predicted"
 
 
 def _or_none(value: float) -> float | None:

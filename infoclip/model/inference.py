@@ -246,9 +246,7 @@ def _configured_views(
         image = resize_shortest_side(image, config.resize, config.resize_max)
     if not config.sliding_window:
         return _plain_views(segmentor, image, text, output, config.padding)
-    return _window_views(
-        segmentor, image, text, output, config.size, config.window, config.overlap, config.batch_size
-    )
+    return _window_views(segmentor, image, text, output, config.size, config.window, config.overlap, config.batch_size)
 
 
 def _merged(views: list[_View], merge: _Merge, output: Sequence[int]) -> Tensor:  # -> [T, H, W]

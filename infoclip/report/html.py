@@ -11,6 +11,7 @@ import html
 import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NewType
+from urllib.parse import quote
 
 import numpy as np
 
@@ -65,6 +66,21 @@ figcaption { margin-top: .25rem; line-height: 1.3; }
 .chip b { font-weight: 600; color: var(--accent); }
 .chip s { text-decoration: none; color: var(--wrong); }
 .card.small { max-width: 42rem; }
+.stack { display: flex; width: 26rem; max-width: 100%; height: 1.1rem; border-radius: .25rem; overflow: hidden;
+  background: var(--line); }
+.stack i { height: 100%; border-right: 1px solid var(--card); }
+.sorts { margin: .6rem 0; font-size: .9rem; }
+.sorts input { margin-right: .3rem; }
+.sorts label { margin-right: 1rem; cursor: pointer; }
+.classes { width: 100%; table-layout: fixed; }
+.classes tbody { display: flex; flex-direction: column; }
+.classes tr { display: grid; grid-template-columns: minmax(8rem, 1.4fr) 4.5rem minmax(6rem, 1fr) 4.4rem 4.4rem 7.5rem;
+  align-items: center; }
+.classes th, .classes td { padding: .22rem .6rem; min-width: 0; overflow: hidden; text-overflow: ellipsis;
+  border-bottom: 0; }
+.classes tbody tr { border-bottom: 1px solid var(--line); }
+.classes td .stack { width: 100%; height: .8rem; }
+.classes td .stack i { background: var(--accent); border: 0; }
 details { margin: .8rem 0; }
 summary { cursor: pointer; color: var(--soft); }
 @media print { body { max-width: none; } .panel, .card { break-inside: avoid; } }
@@ -101,6 +117,15 @@ class Page:
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         self._parts.append(_table(header, rows))
+
+    def markup(self, value: Markup) -> None:
+        """What this package has drawn, as it is."""
+        self._parts.append(value)
+
+    def links(self, links: Sequence[tuple[str, str]]) -> None:
+        """Names and the files beside this page that they lead to."""
+        inner = " · ".join(f'<a href="{html.escape(quote(to))}">{html.escape(name)}</a>' for name, to in links)
+        self._parts.append(f"<p>{inner}</p>")
 
     def cards(self, cards: Sequence[tuple[str, Markup, str]]) -> None:
         """Charts side by side: title, content and a note each."""
@@ -146,14 +171,18 @@ class Page:
 
 
 def picture(image: Image.Image | NDArray[np.uint8], alt: str, pixelated: bool = True) -> Markup:
-    """A picture as an ``<img>`` with its PNG inside."""
+    """A picture as an ``<img>`` with its data inside: PNG with visible pixels, or (a photograph) JPEG."""
     from PIL import Image
 
     buffer = io.BytesIO()
-    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(buffer, format="PNG", optimize=True)
+    drawn = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    if pixelated:
+        drawn.save(buffer, format="PNG", optimize=True)
+    else:
+        drawn.convert("RGB").save(buffer, format="JPEG", quality=88)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    kind = ' class="pixels"' if pixelated else ""
-    return Markup(f'<img{kind} alt="{html.escape(alt)}" src="data:image/png;base64,{data}">')
+    kind, form = (' class="pixels"', "png") if pixelated else ("", "jpeg")
+    return Markup(f'<img{kind} alt="{html.escape(alt)}" src="data:image/{form};base64,{data}">')
 
 
 def figure(image: Image.Image | NDArray[np.uint8], title: str, note: str = "", pixelated: bool = True) -> Markup:
