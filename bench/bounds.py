@@ -8,7 +8,6 @@ lives on between the two, inputs and parameters aside. ``--time`` runs the passe
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import statistics
 import sys
@@ -16,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from bench.peak import give_back, reset_peak, resident
 from infoclip.config import ModelConfig
 from infoclip.model.aggregator import Aggregator
 from infoclip.model.attention import window_mask
@@ -154,19 +153,6 @@ class Timed:
     peak: int = 0
 
 
-def _resident(key: str) -> int:
-    """Resident bytes of this process: ``VmRSS`` now, ``VmHWM`` at most since the last reset."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
-    return int(line.split()[1]) * 1024
-
-
-def _give_back() -> None:
-    """Hand what the allocator holds on to back to the system: memory of the mode before would hide this one's peak."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
-    if trim is not None:
-        trim(0)
-
-
 def times(classes: int, rounds: int, chunk: int = 0) -> dict[str, Timed]:
     """Forward and backward of one image on the CPU in float32.
 
@@ -189,17 +175,16 @@ def times(classes: int, rounds: int, chunk: int = 0) -> dict[str, Timed]:
         for _ in range(rounds):
             for mode in ORDER:
                 model.use_memory(mode, chunk).zero_grad()
-                gc.collect()
-                _give_back()
-                Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
-                before, start = _resident("VmRSS"), time.perf_counter()
+                give_back()
+                reset_peak()
+                before, start = resident("VmRSS"), time.perf_counter()
                 logits = model(image, text, guidance)
                 logits.square().mean().backward()
                 seconds = time.perf_counter() - start
                 logits = logits.detach()
                 plain = logits if plain is None else plain
                 x = found[mode]
-                x.peak = max(x.peak, _resident("VmHWM") - before)
+                x.peak = max(x.peak, resident("VmHWM") - before)
                 x.seconds.append(seconds)
                 x.difference = max(x.difference, float((logits - plain).norm() / plain.norm()))
                 if x.difference > 1e-4:

@@ -1,63 +1,50 @@
-"""Renyi's mutual information: each backend that can run here, forward, and forward with backward."""
+"""Renyi's mutual information of the same sample sets as ``suite_infonce``, at order 2."""
 
 from __future__ import annotations
 
-import pytest
-import torch
-import torch.nn.functional as F
-
-from bench.suite_cost_volume import DEVICES, timed
-from infoclip import kernels
+from bench.harness import ALLOCATOR, Problem, Sizes, Suite
+from bench.suite_infonce import sample_set_cases, sample_sets, traffic
 from infoclip.kernels.renyi_mutual_information import renyi_mutual_information
 
-# name: B, N, D. Rows of an alignment map (D classes), and of CLIP's embeddings.
-CASES = {
-    "pixels B4 N576 T171": (4, 576, 171),
-    "pixels B4 N576 d512": (4, 576, 512),
-    "pixels B4 N2304 T171": (4, 2304, 171),
-    "pixels B4 N2304 d512": (4, 2304, 512),
-}
-BACKENDS = [
-    (device, dtype, backend)
-    for device in DEVICES
-    for dtype in (torch.float32, torch.bfloat16)
-    for backend in kernels.BACKENDS
-    if kernels.why_not("renyi_mutual_information", backend, device, dtype) is None
-]
+
+def operations(sizes: Sizes) -> tuple[float, float]:
+    """Of each of the two symmetric Gram matrices half a product, and two products backward."""
+    b, n, d = sizes
+    product = 2.0 * b * n * n * d
+    return product, 2 * product
 
 
-# The backends vary fastest: what is compared is timed side by side.
-@pytest.mark.parametrize(("device", "dtype", "backend"), BACKENDS, ids=str)
-@pytest.mark.parametrize("part", ["forward", "both"])
-@pytest.mark.parametrize("case", CASES)
-def test_renyi_mutual_information(benchmark, device, dtype, backend, case, part):
-    b, n, d = CASES[case]
-    generator = torch.Generator().manual_seed(0)
-    x, y = (
-        F.normalize(torch.randn(b, n, d, generator=generator), dim=-1).to(device, dtype).requires_grad_()
-        for _ in range(2)
-    )
+def bound(sizes: Sizes, device: str, dtype: str, packed: int) -> float:
+    """``kernels/renyi_mutual_information/README.md``: the gradients as made and as handed out, and the sweep's own."""
+    b, n, d = sizes
+    results = (
+        (4 + (4 if dtype == "float32" else 6)) * 2 * b * n * d
+    )  # for a half, its product in fp32 is there a moment
+    views, entries = 2, 2 * d
+    if device == "cuda":
+        return results + b * (4 * views * n * n if views * n <= 4 * entries else 8 * views * n)
+    n, d = -(-n // 96) * 96, -(-d // 32) * 32
+    if views * n <= 4 * entries:
+        own = 2 * views * n * (n + 192)
+    else:
+        blocks = n // 96
+        own = 16 * n * 2 * d + 12 * 2 * d * d + 100 * n + 16 * blocks * (blocks + 1)
+    together = min(b, max(1, 4096 // n))  # sets in work at once
+    return results + together * own + ALLOCATOR
 
-    def value(backend: str = backend) -> torch.Tensor:
-        return renyi_mutual_information(x, y, backend=backend).sum()
 
-    got, want = value(), value("reference")
-    # Four differences of logarithms near 10, in bits: fp32 sums in another order.
-    assert abs(got - want) <= 1e-4
-    slopes = torch.autograd.grad(got, (x, y)), torch.autograd.grad(want, (x, y))
-    slack = 1e-4 if dtype == torch.float32 else 2e-2  # the same; a few roundings to bfloat16
-    for one, other in zip(*slopes, strict=True):
-        assert (one.float() - other.float()).norm() <= slack * other.float().norm()
-    del got, want, slopes
-
-    def forward() -> torch.Tensor:
-        with torch.no_grad():
-            return value()
-
-    def both() -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(value(), (x, y))
-
-    # Of each set one product forward and one backward, as the reference's form needs them.
-    flop = 2.0 * b * n * n * d * 2 * {"forward": 1, "both": 2}[part]
-    facts = {"op": "renyi_mutual_information", "dtype": str(dtype).removeprefix("torch."), "case": case, "part": part}
-    timed(benchmark, {"forward": forward, "both": both}[part], device, flop, backend=backend, **facts)
+SUITES = (
+    Suite(
+        op="renyi_mutual_information",
+        cases=sample_set_cases,
+        make=lambda sizes: Problem(
+            lambda backend, x, y: renyi_mutual_information(x, y, backend=backend), sample_sets(sizes)
+        ),
+        tiny=(2, 200, 24),
+        operations=operations,
+        traffic=traffic,
+        bound=bound,
+        # The value is a difference of logarithms near 10, in bits: float32 sums in another order.
+        slack={"float32": 1e-4, "float16": 4e-3, "bfloat16": 2e-2},
+    ),
+)
