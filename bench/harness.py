@@ -256,7 +256,7 @@ def rows_of(benchmarks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Times in ms at the 20, 50 and 80 % quantiles; ``ratio`` to the reference and ``bf16_ratio`` to the same backend in
     float32, of medians; ``share`` of the floor, which is the larger of bytes over copy bandwidth and operations over
-    matrix rate; peak and bound in bytes, beside "both". A large case has one round.
+    matrix rate; peak and bound in bytes, beside "both". A large case has one round; what was not timed has None.
     """
     rates = rates_of(benchmarks)
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -278,9 +278,10 @@ def rows_of(benchmarks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for key, x in memory.items():
         if key not in rows:
             facts = {name: x[name] for name in ("published", "series", "n", "flop", "bytes", "arithmetic")}
-            seconds = 1e3 * x["seconds"]
+            # The one pass of a case that was too large for rounds; others were timed elsewhere, or not at all.
+            once = 1e3 * x["seconds"] if x["large"] else None
             rows[key] = {**dict(zip(KEY, key, strict=True)), **facts, "rounds": 1}
-            rows[key] |= {"q20": seconds, "q50": seconds, "q80": seconds}
+            rows[key] |= dict.fromkeys(("q20", "q50", "q80"), once)
         rows[key] |= {"peak": x["peak"], "bound": x["bound"]}
     for key, row in rows.items():
         op, device, dtype, case, part, backend = key
@@ -290,9 +291,10 @@ def rows_of(benchmarks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             row["bytes"] / rates.get((device, "copy"), float("inf")),
             row["flop"] / rates.get((device, row["arithmetic"]), float("inf")),
         )
-        row["ratio"] = reference["q50"] / row["q50"] if reference else None
-        row["bf16_ratio"] = single["q50"] / row["q50"] if single and dtype == "bfloat16" else None
-        row["share"] = 1e3 * floor / row["q50"] if floor else None
+        time_ = row["q50"]
+        row["ratio"] = reference["q50"] / time_ if reference and time_ else None
+        row["bf16_ratio"] = single["q50"] / time_ if single and time_ and dtype == "bfloat16" else None
+        row["share"] = 1e3 * floor / time_ if floor and time_ else None
         row.setdefault("peak", None)
         row.setdefault("bound", None)
     return list(rows.values())
@@ -330,13 +332,15 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         for r in rows:
             if (r["op"], r["device"]) != (op, device):
                 continue
-            times = (
-                " / ".join(f"{r[q]:.2f}" for q in ("q20", "q50", "q80")) if r["rounds"] > 1 else f"{r['q50']:.0f} once"
-            )
+            times, speed = "", ""
+            if r["q50"] is not None:
+                speed = f"{r['flop'] / r['q50'] / 1e6:.1f}"
+                times = " / ".join(f"{r[q]:.2f}" for q in ("q20", "q50", "q80"))
+                times = f"{r['q50']:.0f} once" if r["rounds"] == 1 else times
             share = "" if r["share"] is None else f"{r['share']:.0%}"
             lines.append(
                 f"| {r['case']} | {r['part']} | {r['dtype']} | {r['backend']} | {times} | {_ratio(r['ratio'])} "
-                f"| {_ratio(r['bf16_ratio'])} | {r['flop'] / r['q50'] / 1e6:.1f} | {share} | {_megabytes(r['peak'])} "
+                f"| {_ratio(r['bf16_ratio'])} | {speed} | {share} | {_megabytes(r['peak'])} "
                 f"| {_megabytes(r['bound'])} |"
             )
         lines.append("")

@@ -117,7 +117,7 @@ def _facts(suite: Suite, case: Case, part: str, device: str, dtype: str, backend
     }
     return {
         "op": suite.title, "device": device, "dtype": dtype, "case": case.name, "part": part, "backend": backend,
-        "published": case.published, "series": case.series, "n": case.n,
+        "published": case.published, "large": case.large, "series": case.series, "n": case.n,
         "arithmetic": "float32" if suite.widened else dtype, **counted,
     }  # fmt: skip
 
