@@ -135,6 +135,22 @@ def pretrain_scenes(
     print(f"The CLIP is in {result.out}")
 
 
+@pretrain_app.command("scenes-convnext")
+@_guarded
+def pretrain_scenes_convnext(
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")] = Path("runs/scenes-convnext"),
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1000,
+    batch_size: Annotated[int, typer.Option(min=2, help="Pictures a step.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of weights, scenes and captions.")] = 0,
+    teacher: Annotated[Path | None, typer.Option(help="A CLIP of 'pretrain scenes'; default: the shipped one.")] = None,
+) -> None:
+    """Train a tiny CLIP with a ConvNeXt on generated scenes, captions and the tiny CLIP's answers."""
+    from infoclip.pretrain_convnext import pretrain_scenes_convnext as run
+
+    result = run(out, steps=steps, batch_size=batch_size, seed=seed, teacher=teacher)
+    print(f"The CLIP is in {result.out}")
+
+
 @data_app.command("list")
 @_guarded
 def data_list() -> None:
@@ -143,6 +159,11 @@ def data_list() -> None:
 
     for b in BENCHMARKS.values():
         print(f"{b.name:<11} {b.title:<20} {b.count:>7,} images  {b.folder}/{{{b.images}, {b.masks} or {b.converted}}}")
+    from infoclip.data.panoptic import PANOPTIC_SETS
+
+    print("\npanoptic:")
+    for name, p in PANOPTIC_SETS.items():
+        print(f"{name:<21} {p.pictures:>7,} images  {p.folder}/{{{p.images}, {p.json}, {p.pngs[0]}}}")
 
 
 @data_app.command("check")
@@ -163,10 +184,13 @@ def data_check(
     from infoclip.data.check import check_dataset, draw_report
     from infoclip.data.classes import load_classes, load_label_map
     from infoclip.data.folders import FolderDataset, PairDataset
+    from infoclip.data.panoptic import PANOPTIC_SETS, open_panoptic
 
     sets: list[tuple[str, PairDataset]] = []
     lacking: list[str] = []
-    if name:
+    if name in PANOPTIC_SETS:
+        sets.append((PANOPTIC_SETS[name].title, open_panoptic(root, name)))
+    elif name:
         from infoclip.data.benchmarks import find_forms, get_benchmark, open_form
 
         benchmark = get_benchmark(name)
@@ -284,7 +308,7 @@ def train(
 @app.command()
 @_guarded
 def evaluate(
-    path: Annotated[Path, typer.Argument(help="A run, or a model folder.")],
+    path: Annotated[Path, typer.Argument(help="A run or a model folder; with --task panoptic, predictions.")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Test settings to change: sliding_window=false."),
@@ -314,13 +338,31 @@ def evaluate(
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes that share the images.")] = 1,
     per_class: Annotated[bool, typer.Option("--per-class", help="Also a table of all classes.")] = False,
+    task: Annotated[
+        str, typer.Option(help="semantic; or panoptic: PATH is a folder of predictions in panopticapi's layout.")
+    ] = "semantic",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Mean IoU and its kin of a trained model on images with masks."""
+    """Mean IoU and its kin of a trained model on images with masks; PQ, SQ and RQ of panoptic predictions."""
     from rich.console import Console
 
-    from infoclip.data.benchmarks import get_benchmark
+    if task not in ("semantic", "panoptic"):
+        raise ConfigError(f"--task is '{task}'; expected semantic or panoptic.")
     from infoclip.data.classes import load_classes
+
+    if task == "panoptic":
+        from infoclip.data.panoptic import open_panoptic
+        from infoclip.evaluate.panoptic_run import evaluate_panoptic_folder
+
+        if overrides:
+            raise ConfigError(f"'{overrides[0]}' is a setting of a model; --task panoptic counts predictions.")
+        dataset = open_panoptic(root, data, images=images, classes=load_classes(classes) if classes else None)
+        trained = load_classes(seen) if seen else None
+        counted = evaluate_panoptic_folder(path, dataset, trained, out=out, progress=not quiet)
+        for table in (counted.summary_table(), *([counted.class_table()] if per_class else [])):
+            Console().print(table)
+        return
+    from infoclip.data.benchmarks import get_benchmark
     from infoclip.evaluate.run import SIX, evaluate_benchmarks, evaluate_folder, summary_table
 
     options: dict[str, Any] = {

@@ -86,7 +86,7 @@ def draw_report(report: CheckReport, dataset: PairDataset, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    from infoclip.report.overlay import overlay
+    from infoclip.report.overlay import overlay, panoptic_overlay
     from infoclip.report.palette import hex_color, palette
 
     figure = Figure(figsize=(15, 9), layout="constrained")
@@ -109,7 +109,12 @@ def draw_report(report: CheckReport, dataset: PairDataset, path: Path) -> None:
         if axis is None:
             break
         image = sample["image"].permute(1, 2, 0).numpy()
-        picture: Image.Image = overlay(image, sample["mask"].numpy(), dataset.classes, legend=False)
+        picture: Image.Image
+        if "panoptic" in sample:
+            ids = sample["panoptic"].numpy()
+            picture = panoptic_overlay(image, ids, sample["segments"], dataset.classes, legend=True)
+        else:
+            picture = overlay(image, sample["mask"].numpy(), dataset.classes, legend=False)
         picture.thumbnail((640, 640))
         axis.imshow(picture)
         axis.set_title(_plain(Path(sample["file"]).name), fontsize=8)

@@ -26,7 +26,7 @@ from torch import Tensor
 from infoclip.errors import DataError
 
 __all__ = ["IMAGE_SUFFIXES", "MASK_SUFFIXES", "MAX_PIXELS", "below", "decode_rle", "is_rotated", "read_ade_objects",
-           "read_image", "read_label_map_mat", "read_mask"]  # fmt: skip
+           "read_image", "read_label_map_mat", "read_mask", "read_segment_ids"]  # fmt: skip
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
@@ -71,6 +71,23 @@ def read_mask(path: str | Path) -> Tensor:
             )
         with _decoding(path, "mask"):
             return torch.from_numpy(np.array(picture).astype(np.int64))
+
+
+def read_segment_ids(path: str | Path) -> Tensor:
+    """Segment ids of a panoptic PNG, int64 [H, W]: ``R + 256 G + 65536 B``.
+
+    Raises:
+        DataError: a missing, damaged or too large file, or a picture without colour.
+    """
+    with _open(path, "panoptic map") as picture:
+        if picture.mode != "RGB":
+            raise DataError(
+                f"The panoptic map {path} is a {picture.mode} picture; expected an RGB PNG "
+                "whose colours are segment ids."
+            )
+        with _decoding(path, "panoptic map"):
+            array = np.array(picture).astype(np.int64)
+            return torch.from_numpy(array[..., 0] + 256 * array[..., 1] + 65536 * array[..., 2])
 
 
 def read_ade_objects(path: str | Path) -> Tensor:

@@ -20,7 +20,7 @@ from infoclip.data.classes import check_classes, select_classes
 from infoclip.data.files import IMAGE_SUFFIXES, MASK_SUFFIXES, is_rotated, read_image, read_mask
 from infoclip.errors import DataError
 
-__all__ = ["FolderDataset", "PairDataset", "list_files"]
+__all__ = ["FolderDataset", "PairDataset", "list_files", "size_message"]
 
 _LARGEST_VALUE = 1_000_000
 """Annotation values beyond this are taken for a mistake: the table from value to class is as long as the largest."""
@@ -84,7 +84,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         image_path, mask_path = self.pairs[index]
         image, raw = self.load_pair(image_path, mask_path)
         if raw.shape != image.shape[1:]:
-            raise DataError(_size_message(image_path, mask_path, image, raw))
+            raise DataError(size_message(image_path, mask_path, image, raw))
         return {"image": tv_tensors.Image(image), "mask": tv_tensors.Mask(self._labels(raw, mask_path)),
                 "file": str(image_path)}  # fmt: skip
 
@@ -185,7 +185,8 @@ def list_files(folder: Path, suffixes: tuple[str, ...], kind: str) -> dict[str, 
     return found
 
 
-def _size_message(image_path: Path, mask_path: Path, image: Tensor, mask: Tensor) -> str:
+def size_message(image_path: Path, mask_path: Path, image: Tensor, mask: Tensor) -> str:
+    """What is wrong with a mask that has another size than its image, and why that may be."""
     height, width = image.shape[1:]
     text = (
         f"The mask {mask_path} is {mask.shape[1]}x{mask.shape[0]} pixels, its image {image_path} {width}x{height}; "

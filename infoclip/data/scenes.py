@@ -16,13 +16,16 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from infoclip.errors import ConfigError, DataError, StorageError
+
+if TYPE_CHECKING:
+    from infoclip.data.panoptic import Category
 
 __all__ = [
     "BACKGROUNDS",
@@ -35,6 +38,7 @@ __all__ = [
     "captions",
     "render",
     "render_scenes",
+    "scene_categories",
     "split_classes",
     "write_scenes",
 ]
@@ -551,6 +555,8 @@ def write_scenes(
         "classes": allowed,
     }
     _claim(root, manifest)
+    from infoclip.data.panoptic import Segment, panoptic_json, segments_info
+
     try:
         for folder in ("images", "masks", *(["panoptic"] if panoptic else [])):
             (root / folder).mkdir(parents=True, exist_ok=True)
@@ -571,10 +577,16 @@ def write_scenes(
                     instances = scenes.instances[index - start].to(torch.uint8)
                     colour = F.pad(instances[..., None], (0, 2))  # ids up to 5 are all in the red channel
                     _write_png(root / "panoptic" / name, colour, "RGB")
-                    info = _segments(instances, scenes.instance_classes[index - start].tolist())
+                    classes_of = scenes.instance_classes[index - start].tolist()
+                    segments = [Segment(i, classes_of[i - 1]) for i in instances.unique().tolist()]
+                    info = segments_info(instances, segments, scene_categories())
                     annotations.append({"image_id": index, "file_name": name, "segments_info": info})
         if panoptic:
-            _write_json(root / "panoptic.json", _panoptic_json(annotations, size))
+            pictures = [
+                {"id": a["image_id"], "file_name": a["file_name"], "width": size, "height": size} for a in annotations
+            ]
+            groups = {True: "object", False: "ground"}
+            _write_json(root / "panoptic.json", panoptic_json(pictures, annotations, scene_categories(), groups))
     except OSError as error:
         if isinstance(error, StorageError):
             raise
@@ -582,29 +594,11 @@ def write_scenes(
     return root
 
 
-def _segments(instances: Tensor, classes: list[int]) -> list[dict[str, Any]]:  # [S, S]
-    """The ``segments_info`` of one picture: what can be seen of each instance."""
-    segments = []
-    for index in instances.unique().tolist():
-        rows, columns = (instances == index).nonzero().unbind(dim=1)
-        x, y = int(columns.min()), int(rows.min())
-        box = [x, y, int(columns.max()) - x + 1, int(rows.max()) - y + 1]  # x, y, width, height
-        segments.append({"id": index, "category_id": classes[index - 1], "area": len(rows), "bbox": box, "iscrowd": 0})
-    return segments
+def scene_categories() -> list[Category]:
+    """The 52 classes as categories of a panoptic data set: objects are things, grounds are stuff."""
+    from infoclip.data.panoptic import Category
 
-
-def _panoptic_json(annotations: list[dict[str, Any]], size: int) -> dict[str, Any]:
-    images = [{"id": a["image_id"], "file_name": a["file_name"], "width": size, "height": size} for a in annotations]
-    categories = [
-        {
-            "id": index,
-            "name": name,
-            "supercategory": "object" if index < len(OBJECT_CLASSES) else "ground",
-            "isthing": int(index < len(OBJECT_CLASSES)),
-        }
-        for index, name in enumerate(SCENE_CLASSES)
-    ]
-    return {"images": images, "annotations": annotations, "categories": categories}
+    return [Category(i, name, i < len(OBJECT_CLASSES)) for i, name in enumerate(SCENE_CLASSES)]
 
 
 def _render_range(

@@ -5,23 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from infoclip.data.panoptic import VOID, Segment
+
 __all__ = ["PanopticMetrics", "PanopticScores", "Segment"]
-
-VOID = 0
-"""Segment id of pixels without a segment."""
-
-
-class Segment(NamedTuple):
-    """One segment of a panoptic map."""
-
-    id: int
-    category: int
-    crowd: bool = False
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ __all__ = [
     "evaluate_benchmarks",
     "evaluate_folder",
     "evaluate_model",
+    "percent",
     "segmentor_predictor",
     "summary_rows",
     "summary_table",
@@ -189,9 +190,9 @@ class EvaluationResult:
                 (f"{sum(row.seen is which for row in self.per_class)} {name}", scores) for which, name, scores in groups
             ]
         for name, s in rows:
-            table.add_row(name, *(_percent(v) for v in (s.miou, s.miou_legacy, s.fwiou, s.macc, s.pacc)))
+            table.add_row(name, *(percent(v) for v in (s.miou, s.miou_legacy, s.fwiou, s.macc, s.pacc)))
         if len(rows) > 1:
-            table.add_row("harmonic mean", _percent(self.harmonic))
+            table.add_row("harmonic mean", percent(self.harmonic))
         table.caption = CONVENTIONS
         table.caption_justify = "left"
         return table
@@ -207,9 +208,7 @@ class EvaluationResult:
             table.add_column(name, justify="right")
         names = {True: "seen", False: "unseen", None: ""}
         for row in self.per_class:
-            table.add_row(
-                escape(row.name), names[row.seen], _percent(row.iou), _percent(row.accuracy), f"{row.pixels:,}"
-            )
+            table.add_row(escape(row.name), names[row.seen], percent(row.iou), percent(row.accuracy), f"{row.pixels:,}")
         return table
 
 
@@ -628,7 +627,7 @@ def summary_rows(results: Mapping[str, EvaluationResult], titles: Mapping[str, s
     rows = []
     for name, r in results.items():
         o = r.overall
-        figures = [_percent(v) for v in (o.miou, o.miou_legacy, o.fwiou, o.macc, o.pacc, r.seen.miou, r.unseen.miou)]
+        figures = [percent(v) for v in (o.miou, o.miou_legacy, o.fwiou, o.macc, o.pacc, r.seen.miou, r.unseen.miou)]
         speed = "-" if math.isnan(r.images_per_second) else f"{r.images_per_second:.2f}"
         rows.append([titles[name], f"{r.images:,}", *figures, speed])
     return rows
@@ -667,5 +666,6 @@ def without_nan(value: Any) -> Any:
     return _or_none(value) if isinstance(value, float) else value
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A value in 0..1 for a table; a dash for what could not be measured."""
     return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"

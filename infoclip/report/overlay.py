@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from infoclip.report.palette import NO_LABEL, ink, palette
 
-__all__ = ["class_shares", "color_labels", "overlay"]
+if TYPE_CHECKING:
+    from infoclip.data.panoptic import Segment
+
+__all__ = ["class_shares", "color_labels", "overlay", "panoptic_overlay"]
 
 _SMALL = 512
 """With a legend, pictures whose longer side is shorter are magnified by a whole number, to make room for it."""
@@ -115,6 +118,31 @@ def overlay(
     if unlabelled > _TRACE:
         lines.append(_Line(-1, "no label", unlabelled))
     return _with_legend(picture, [lines[i : i + per_column] for i in range(0, len(lines), per_column)], size)
+
+
+def panoptic_overlay(
+    image: NDArray[np.uint8],  # [H, W, 3], RGB
+    ids: NDArray[np.integer],  # [H, W]
+    segments: Sequence[Segment],
+    classes: Sequence[str],
+    *,
+    alpha: float = 0.6,
+    legend: bool = True,
+) -> Image.Image:
+    """The picture under its segments: each instance with an outline, a colour and a number of its own.
+
+    Args:
+        ids: segment ids; pixels of none of the segments are grey.
+        segments: whose categories index ``classes``.
+        alpha, legend: as :func:`overlay`'s.
+
+    Raises:
+        ValueError: shapes that do not go together.
+    """
+    labels = np.full(ids.shape, -1, dtype=np.int64)
+    for index, segment in enumerate(segments):
+        labels[ids == segment.id] = index
+    return overlay(image, labels, [classes[s.category] for s in segments], alpha=alpha, legend=legend)
 
 
 def _outlined(picture: Image.Image, labels: NDArray[np.integer], width: int) -> Image.Image:

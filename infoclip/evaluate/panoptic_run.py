@@ -1,0 +1,323 @@
+"""One panoptic evaluation: PQ, SQ and RQ with things and stuff, seen and unseen classes apart, and mIoU.
+
+The predictions come from a model, or from a folder in panopticapi's layout that any program wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from infoclip.data.classes import select_classes
+from infoclip.data.panoptic import PanopticDataset, Segment, check_segments, read_annotations
+from infoclip.errors import DataError
+from infoclip.evaluate.metrics import Scores, SegmentationMetrics, harmonic_mean
+from infoclip.evaluate.panoptic import PanopticMetrics, PanopticScores
+from infoclip.evaluate.run import percent, without_nan
+from infoclip.progress import tracked
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["PanopticClassResult", "PanopticEvaluation", "PanopticMap", "PanopticPredictor", "evaluate_panoptic",
+           "evaluate_panoptic_folder", "folder_predictor"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PanopticMap:
+    """What a predictor answers for one picture."""
+
+    ids: Tensor  # [H, W]
+    """Segment ids, integer; 0 where there is no segment."""
+    segments: Sequence[Segment]
+    """Every segment of the map; categories index the data set's classes."""
+    semantic: Tensor | None = None  # [H, W]
+    """The class of every pixel where a model answers that too; mIoU is counted on it, otherwise on the map itself."""
+
+
+PanopticPredictor = Callable[[int, Tensor], PanopticMap]
+"""From a picture's index and its pixels, uint8 [3, H, W] RGB, to its map."""
+
+
+@dataclass(frozen=True)
+class PanopticClassResult:
+    """One row of the table of classes; None for what a class that never occurs has not."""
+
+    name: str
+    thing: bool
+    seen: bool | None
+    """Whether the class was in the training list; None where that is not known."""
+    pq: float | None
+    sq: float | None
+    rq: float | None
+    true_positives: int
+    false_positives: int
+    false_negatives: int
+    iou: float | None
+
+
+@dataclass(frozen=True)
+class PanopticEvaluation:
+    """Metrics in 0..1; NaN where nothing could be measured."""
+
+    overall: PanopticScores
+    things: PanopticScores
+    stuff: PanopticScores
+    seen: PanopticScores
+    unseen: PanopticScores
+    semantic: Scores
+    semantic_seen: Scores
+    semantic_unseen: Scores
+    per_class: list[PanopticClassResult]
+    images: int
+    seconds: float
+    """Time spent predicting and counting, without reading."""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def harmonic(self) -> float:
+        """Harmonic mean of the PQ on seen and on unseen classes."""
+        return harmonic_mean(self.seen.pq, self.unseen.pq)
+
+    @property
+    def semantic_harmonic(self) -> float:
+        """Harmonic mean of the mIoU on seen and on unseen classes."""
+        return harmonic_mean(self.semantic_seen.miou, self.semantic_unseen.miou)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; what could not be measured is None."""
+        data = asdict(self) | {"harmonic": self.harmonic, "semantic_harmonic": self.semantic_harmonic}
+        return without_nan(data)
+
+    def save(self, folder: str | Path, name: str = "evaluation") -> Path:
+        """Write :meth:`to_dict` as ``NAME.json``, whole or not at all.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        from infoclip.api import write_files
+
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        return write_files(Path(folder), {f"{name}.json": text.encode()})[0]
+
+    def summary_table(self) -> Table:
+        """The metrics for the terminal, in percent."""
+        from rich.table import Table
+
+        table = Table(title=f"{self.images} images, {self.images / max(self.seconds, 1e-9):.2f} images/s",
+                      title_justify="left")  # fmt: skip
+        table.add_column("classes")
+        for name in ("PQ", "SQ", "RQ", "mIoU", "occur"):
+            table.add_column(name, justify="right")
+        rows: list[tuple[str, PanopticScores, float | None]] = [
+            (f"all {len(self.per_class)}", self.overall, self.semantic.miou),
+            (f"{sum(row.thing for row in self.per_class)} things", self.things, None),
+            (f"{sum(not row.thing for row in self.per_class)} stuff", self.stuff, None),
+        ]
+        known = [(True, "seen", self.seen, self.semantic_seen), (False, "unseen", self.unseen, self.semantic_unseen)]
+        both = all(any(row.seen is which for row in self.per_class) for which, *_ in known)
+        if both:
+            rows += [
+                (f"{sum(row.seen is which for row in self.per_class)} {name}", scores, semantic.miou)
+                for which, name, scores, semantic in known
+            ]
+        for name, s, miou in rows:
+            cells = (*(percent(v) for v in (s.pq, s.sq, s.rq)), "" if miou is None else percent(miou))
+            table.add_row(name, *cells, str(s.categories))
+        if both:
+            table.add_row("harmonic mean", percent(self.harmonic), "", "", percent(self.semantic_harmonic), "")
+        table.caption = (
+            "means over the classes that occur in the ground truth or the prediction (PQ), in the truth (mIoU)"
+        )
+        table.caption_justify = "left"
+        return table
+
+    def class_table(self) -> Table:
+        """One row a class for the terminal, in percent."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table()
+        table.add_column("class", overflow="fold")
+        for name in ("", "", "PQ", "SQ", "RQ", "found", "spurious", "missed", "IoU"):
+            table.add_column(name, justify="right")
+        names = {True: "seen", False: "unseen", None: ""}
+        for row in self.per_class:
+            table.add_row(
+                escape(row.name), "thing" if row.thing else "stuff", names[row.seen], *map(percent, (row.pq, row.sq, row.rq)),
+                *map(str, (row.true_positives, row.false_positives, row.false_negatives)), percent(row.iou),
+            )  # fmt: skip
+        return table
+
+
+def evaluate_panoptic(
+    predictor: PanopticPredictor,
+    dataset: PanopticDataset,
+    seen: Sequence[str] | None = None,
+    *,
+    progress: bool = True,
+    description: str = "evaluating",
+    on_prediction: Callable[[int, dict[str, Any], PanopticMap], None] | None = None,
+    settings: dict[str, Any] | None = None,
+) -> PanopticEvaluation:
+    """Run a predictor over every picture and count.
+
+    Args:
+        predictor: see :data:`PanopticPredictor`.
+        seen: the classes that were trained on; the rest is unseen. None if that is not known.
+        on_prediction: called with each index, sample and map.
+
+    Raises:
+        DataError: an empty data set, files that cannot be used, or a predicted map that its segments do not describe.
+    """
+    if not len(dataset):
+        raise DataError("There is no image to evaluate; expected at least one.")
+    count = len(dataset.classes)
+    quality = PanopticMetrics(count)
+    # One more class than there are: what a map leaves without a segment is a wrong answer, but of no class.
+    labels = SegmentationMetrics(count + 1, dataset.ignore_index + 1)
+    seconds = 0.0
+    with torch.no_grad():
+        for index in tracked(range(len(dataset)), description, progress):
+            sample = dataset[index]
+            start = time.perf_counter()
+            found = predictor(index, sample["image"].as_subclass(Tensor))
+            ids, truth = found.ids.cpu().long(), sample["panoptic"].as_subclass(Tensor)
+            if ids.shape != truth.shape:
+                raise DataError(
+                    f"The predicted map of {sample['file']} is {ids.shape[1]}x{ids.shape[0]} pixels, the image "
+                    f"{truth.shape[1]}x{truth.shape[0]}; expected the same size."
+                )
+            quality.update(ids, truth, found.segments, sample["segments"])
+            mask = sample["mask"].as_subclass(Tensor)
+            semantic = _category_map(ids, found.segments, count) if found.semantic is None else found.semantic.cpu()
+            labels.update(semantic, torch.where(mask == dataset.ignore_index, labels.ignore_index, mask))
+            seconds += time.perf_counter() - start
+            if on_prediction is not None:
+                on_prediction(index, sample, found)
+    return _result(quality, labels, dataset, seen, seconds, settings or {})
+
+
+def evaluate_panoptic_folder(
+    predictions: str | Path,
+    dataset: PanopticDataset,
+    seen: Sequence[str] | None = None,
+    *,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> PanopticEvaluation:
+    """Count the predictions of a folder in panopticapi's layout; see :func:`folder_predictor`.
+
+    Args:
+        seen: as :func:`evaluate_panoptic`'s.
+        out: folder for the result as JSON.
+
+    Raises:
+        DataError: as :func:`evaluate_panoptic` and :func:`folder_predictor`; a model's folder, and a name in ``seen``
+            that is none of the data's classes.
+        StorageError: ``out`` cannot be written.
+    """
+    path = Path(predictions)
+    if not path.exists():
+        raise DataError(f"There are no predictions {path}; expected a folder with panoptic.json and PNGs, or the JSON.")
+    if path.is_dir() and not (path / "panoptic.json").exists():
+        model = any((path / name).exists() for name in ("model", "model.safetensors"))
+        what = "a model, which gives classes but no instances" if model else "no panoptic.json"
+        raise DataError(
+            f"{path} holds {what}; expected predictions in panopticapi's layout: panoptic.json, and PNGs of segment "
+            "ids beside it or in the folder panoptic."
+        )
+    if seen is not None:
+        select_classes(dataset.classes, seen)
+    result = evaluate_panoptic(
+        folder_predictor(path, dataset), dataset, seen, progress=progress,
+        settings={"predictions": str(path), "annotations": str(dataset.annotations.path), "classes": dataset.classes},
+    )  # fmt: skip
+    if out is not None:
+        result.save(out)
+    return result
+
+
+def folder_predictor(path: str | Path, dataset: PanopticDataset) -> PanopticPredictor:
+    """The maps of a folder in panopticapi's layout: ``panoptic.json`` and the PNGs beside it or in ``panoptic``.
+
+    Args:
+        path: the folder, or its JSON file with the PNGs in the folder of the same name (``x.json`` and ``x/``).
+
+    Raises:
+        DataError: a missing file, other categories than the data set's, or pictures without a prediction.
+    """
+    path = Path(path)
+    annotations = path / "panoptic.json" if path.is_dir() else path
+    folders = [path / "panoptic", path] if path.is_dir() else [path.with_suffix(""), path.parent]
+    found = read_annotations(annotations, dataset.annotations.categories)
+    by_image = {a.image_id: a for a in found.annotations}
+    missing = [a for a in dataset.annotations.annotations if a.image_id not in by_image]
+    if missing:
+        raise DataError(
+            f"{annotations} has no prediction for {len(missing):,} of {len(dataset):,} images "
+            f"(first: image {missing[0].image_id!r}); predict them all."
+        )
+
+    def predict(index: int, image: Tensor) -> PanopticMap:  # [3, H, W]
+        from infoclip.data.files import below, read_segment_ids
+
+        entry = by_image[dataset.annotations.annotations[index].image_id]
+        places = [below(folder, entry.png, annotations) for folder in folders]
+        place = next((p for p in places if p.exists()), places[0])
+        ids = read_segment_ids(place)
+        check_segments(ids, entry.segments, str(place))
+        return PanopticMap(ids, entry.segments)
+
+    return predict
+
+
+def _category_map(ids: Tensor, segments: Sequence[Segment], void: int) -> Tensor:  # [H, W] -> [H, W]
+    """The class of every pixel of a map, ``void`` where there is no segment."""
+    category = {segment.id: segment.category for segment in segments}
+    values, places = ids.unique(return_inverse=True)
+    return torch.tensor([category.get(value, void) for value in values.tolist()])[places]
+
+
+def _result(
+    quality: PanopticMetrics,
+    labels: SegmentationMetrics,
+    dataset: PanopticDataset,
+    seen: Sequence[str] | None,
+    seconds: float,
+    settings: dict[str, Any],
+) -> PanopticEvaluation:
+    names, things = dataset.classes, set(dataset.things)
+    known = None if seen is None else set(seen)
+    flags = [None if known is None else name in known for name in names]
+    pq, sq, rq = (without_nan(values.tolist()) for values in quality.per_category())
+    iou = without_nan(labels.iou().tolist())
+    counts = [v.long().tolist() for v in (quality.true_positives, quality.false_positives, quality.false_negatives)]
+    rows = [
+        PanopticClassResult(name, i in things, flags[i], pq[i], sq[i], rq[i],
+                            counts[0][i], counts[1][i], counts[2][i], iou[i])
+        for i, name in enumerate(names)
+    ]  # fmt: skip
+    every = range(len(names))
+    groups = {which: [i for i in every if flags[i] is which] for which in (True, False)}
+    return PanopticEvaluation(
+        overall=quality.compute(),
+        things=quality.compute(things),
+        stuff=quality.compute([i for i in every if i not in things]),
+        seen=quality.compute(groups[True]),
+        unseen=quality.compute(groups[False]),
+        semantic=labels.compute(list(every)),
+        semantic_seen=labels.compute(groups[True]),
+        semantic_unseen=labels.compute(groups[False]),
+        per_class=rows,
+        images=len(dataset),
+        seconds=seconds,
+        settings=settings,
+    )
