@@ -16,6 +16,7 @@ what is trained is what a segmentor reads; the first loss runs the block as open
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import platform
@@ -26,7 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,9 @@ __all__ = [
     "scenes_vocabulary",
 ]
 
+ModelT = TypeVar("ModelT")
+CourseT = TypeVar("CourseT", bound="PretrainCourse")
+
 MEAN = (0.45, 0.45, 0.38)
 STD = (0.26, 0.25, 0.26)
 SIZE = 96
@@ -69,8 +73,8 @@ _EXTRA_WORDS = ("small", "medium", "large", "the", "an", "image", "with")
 
 
 @dataclass
-class PretrainConfig:
-    """What decides the checkpoint; the defaults made the shipped one."""
+class PretrainCourse:
+    """What both trainings of the scenes share: their length, rates, pictures and tests."""
 
     steps: int = 1500
     batch_size: int = 128
@@ -82,13 +86,6 @@ class PretrainConfig:
     weight_decay: float = 0.05
     warmup: int = 50
     clip_grad_norm: float = 1.0
-    patch_weight: float = 1.0
-    """Of the phrases-and-patches loss; 0 leaves the contrastive loss alone."""
-    coverage_weight: float = 1.0
-    coverage_patches: int = 3
-    """A phrase must own this many patches, on average over the best ones."""
-    patch_mode: str = "value"
-    """Path through the last block for the second loss: ``value`` or ``attention``."""
     single_share: float = 0.15
     """First share of the steps: pictures with one object."""
     empty_share: float = 0.06
@@ -101,6 +98,19 @@ class PretrainConfig:
     eval_every: int = 250
     eval_images: int = 128
     eval_seed: int = 7_777_777
+
+
+@dataclass
+class PretrainConfig(PretrainCourse):
+    """What decides the checkpoint; the defaults made the shipped one."""
+
+    patch_weight: float = 1.0
+    """Of the phrases-and-patches loss; 0 leaves the contrastive loss alone."""
+    coverage_weight: float = 1.0
+    coverage_patches: int = 3
+    """A phrase must own this many patches, on average over the best ones."""
+    patch_mode: str = "value"
+    """Path through the last block for the second loss: ``value`` or ``attention``."""
 
 
 @dataclass
@@ -160,7 +170,7 @@ def _new_clip(seed: int) -> DenseCLIP:
         torch.manual_seed(seed)
         clip.reset_parameters()
     with torch.no_grad():
-        clip.visual.conv1.weight.copy_(_whitening_filters(clip.vision_width, seed))
+        clip.visual.conv1.weight.copy_(whitening_filters(clip.vision_width, seed))
         positions = clip.visual.positional_embedding
         positions[0].zero_()
         positions[1:] = 0.5 * _sine_positions(SIZE // PATCH, clip.vision_width)
@@ -168,21 +178,21 @@ def _new_clip(seed: int) -> DenseCLIP:
     return clip
 
 
-def _whitening_filters(width: int, seed: int) -> Tensor:  # -> [width, 3, P, P]
+def whitening_filters(width: int, seed: int, patch: int = PATCH) -> Tensor:  # -> [width, 3, P, P]
     """The leading principal components of patches, scaled to equal variance.
 
     From random filters the small model finds colours at once and shapes never: the fine structure that tells them has a
     hundredth of the colours' variance.
     """
-    images = _normalise(render_scenes(256, 64, (0, 3), seed=_data_seed(seed, -1)).images)
-    patches = images.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH)  # [n, 3, h, w, P, P]
+    images = normalise(render_scenes(256, 64, (0, 3), seed=data_seed(seed, -1)).images)
+    patches = images.unfold(2, patch, patch).unfold(3, patch, patch)  # [n, 3, h, w, P, P]
     rows = patches.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1).double()  # [n * h * w, 3 P P]
     rows = rows - rows.mean(dim=0)
     values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
     values, vectors = values.flip(0)[:width], vectors.flip(1)[:, :width]
     vectors = vectors * vectors.sum(dim=0).sign()  # an eigenvector's sign is the library's whim
     filters = (vectors / (values + 1e-3).sqrt()).T
-    return filters.reshape(width, 3, PATCH, PATCH).float()
+    return filters.reshape(width, 3, patch, patch).float()
 
 
 def _sine_positions(side: int, width: int) -> Tensor:  # -> [side * side, width]
@@ -194,7 +204,7 @@ def _sine_positions(side: int, width: int) -> Tensor:  # -> [side * side, width]
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
 
 
-def _normalise(images: Tensor) -> Tensor:  # [n, 3, S, S] uint8 -> float
+def normalise(images: Tensor) -> Tensor:  # [n, 3, S, S] uint8 -> float
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
     return (images.float() / 255 - mean) / std
 
@@ -218,17 +228,17 @@ def _tokens(clip: DenseCLIP, images: Tensor, window: tuple[int, int]) -> Tensor:
 _CHUNK = 64 * (SIZE // PATCH) ** 2
 
 
-def _encode(
+def encode_pictures(
     clip: DenseCLIP, images: Tensor, window: tuple[int, int], patch_mode: str | None
 ) -> tuple[Tensor, Tensor | None]:
-    """As :func:`_encode_chunk`, in parts where the pictures are large."""
+    """As :func:`_encode_part`, in parts where the pictures are large."""
     size = max(1, _CHUNK // (images.shape[-1] // PATCH) ** 2)
-    parts = [_encode_chunk(clip, part, window, patch_mode) for part in images.split(size)]
+    parts = [_encode_part(clip, part, window, patch_mode) for part in images.split(size)]
     patches = [part[1] for part in parts if part[1] is not None]
     return torch.cat([part[0] for part in parts]), torch.cat(patches) if patches else None
 
 
-def _encode_chunk(
+def _encode_part(
     clip: DenseCLIP, images: Tensor, window: tuple[int, int], patch_mode: str | None
 ) -> tuple[Tensor, Tensor | None]:
     """The pictures' embeddings [B, d] and, where asked for, those of their patches [B, n, d]."""
@@ -284,11 +294,11 @@ def phrase_patch_loss(
 # Data
 
 
-class _Batch:
+class TrainingBatch:
     """Pictures, captions and phrases of one step; depends on the config's seed and the step alone."""
 
-    def __init__(self, config: PretrainConfig, step: int, tokenizer: WordTokenizer) -> None:
-        seed = _data_seed(config.seed, step)
+    def __init__(self, config: PretrainCourse, step: int, tokenizer: WordTokenizer) -> None:
+        seed = data_seed(config.seed, step)
         generator = torch.Generator().manual_seed(seed)
         n = config.batch_size
         large = step >= config.steps * (1 - config.large_share)
@@ -298,7 +308,7 @@ class _Batch:
         room = SIZE // PATCH - side + 1
         top, left = torch.randint(room, (2,), generator=generator).tolist()
         self.window = (top, left)
-        self.images = _normalise(self.scenes.images)
+        self.images = normalise(self.scenes.images)
         self.texts = captions(self.scenes, seed, config.name_background)
         self.tokens = self._ids(self.texts, tokenizer, generator, config.unknown_share)
         article = torch.rand(len(SCENE_CLASSES), generator=generator) < 0.5
@@ -321,7 +331,7 @@ class _Batch:
         return torch.where(drop, 1, ids)
 
 
-def _object_counts(config: PretrainConfig, step: int, large: bool, generator: torch.Generator) -> Tensor:
+def _object_counts(config: PretrainCourse, step: int, large: bool, generator: torch.Generator) -> Tensor:
     """Objects in each picture: one at first, then a ramp to 40, 35 and 25 % of one, two and three (1-4 when large)."""
     single = config.steps * config.single_share
     ramp = min(1.0, max(0.0, (step - single) / max(1.0, config.steps * 0.35)))
@@ -333,7 +343,7 @@ def _object_counts(config: PretrainConfig, step: int, large: bool, generator: to
     return torch.where(draw[:, 1] < config.empty_share, 0, counts)
 
 
-def _data_seed(seed: int, step: int) -> int:
+def data_seed(seed: int, step: int) -> int:
     return (seed + 1) * 1_000_003 + step
 
 
@@ -366,7 +376,7 @@ def evaluate_scenes_clip(
     result: dict[str, float] = {}
     hits = 0
     for start in range(0, len(sets.single.images), 64):
-        image = _normalise(sets.single.images[start : start + 64])
+        image = normalise(sets.single.images[start : start + 64])
         nearest = (F.normalize(clip.encode_global(image), dim=-1) @ text[:objects].T).argmax(dim=1)
         hits += int((nearest == sets.single.objects[start : start + 64, 0]).sum())
     result["accuracy"] = 100 * hits / len(sets.single.images)
@@ -374,7 +384,7 @@ def evaluate_scenes_clip(
         for mode in modes:
             clip.dense = mode
             labels = _dense_labels(clip, sets.several.images, text)
-            iou = _iou(labels, sets.several.masks)
+            iou = iou_per_class(labels, sets.several.masks)
             result[f"{mode}/object_miou"] = 100 * float(iou[:objects].nanmean())
             result[f"{mode}/background_miou"] = 100 * float(iou[objects:].nanmean())
             labels, truth = _dense_labels(clip, sets.single.images, text), sets.single.masks
@@ -389,13 +399,13 @@ def evaluate_scenes_clip(
 def _dense_labels(clip: DenseCLIP, images: Tensor, text: Tensor) -> Tensor:  # [n, 3, S, S] uint8 -> [n, S, S]
     labels = []
     for part in images.split(32):
-        dense = F.normalize(clip.encode_image(_normalise(part)).dense, dim=1)  # [b, d, h, w]
+        dense = F.normalize(clip.encode_image(normalise(part)).dense, dim=1)  # [b, d, h, w]
         scores = torch.einsum("bdhw,td->bthw", dense, text)
         labels.append(F.interpolate(scores, part.shape[-2:], mode="bilinear", align_corners=False).argmax(dim=1))
     return torch.cat(labels)
 
 
-def _iou(labels: Tensor, truth: Tensor) -> Tensor:  # -> [52], NaN for classes that are in neither
+def iou_per_class(labels: Tensor, truth: Tensor) -> Tensor:  # -> [52], NaN for classes that are in neither
     n = len(SCENE_CLASSES)
     matrix = torch.bincount((truth * n + labels).flatten(), minlength=n * n).view(n, n).double()
     both = matrix.diagonal()
@@ -432,8 +442,27 @@ def pretrain_scenes(
         NonFiniteLossError: the loss became NaN or infinite.
         StorageError: ``out`` cannot be written.
     """
-    out = Path(out)
     config = config or PretrainConfig(steps=steps, batch_size=batch_size, seed=seed)
+    if config.patch_mode not in ("value", "attention"):
+        raise ConfigError(f"patch_mode is '{config.patch_mode}'; expected value or attention.")
+    return write_pretrained(Path(out), config, functools.partial(_train, config, progress=progress), _save)
+
+
+def write_pretrained(
+    out: Path,
+    config: CourseT,
+    train: Callable[[Callable[..., None]], tuple[ModelT, dict[str, float]]],
+    save: Callable[[ModelT, CourseT, dict[str, float], float, Path], None],
+) -> PretrainResult:
+    """Train and write a folder that appears as a whole at the end.
+
+    Args:
+        train: from the function that writes a line of ``log.jsonl`` to the model and its figures.
+        save: writes model, settings, figures and seconds into a folder.
+
+    Raises:
+        ConfigError, DataError, StorageError: as :func:`pretrain_scenes`.
+    """
     _check(config, out)
     partial = out.with_name(out.name + ".partial")
     try:
@@ -446,9 +475,9 @@ def pretrain_scenes(
                 log.flush()
 
             started = time.monotonic()
-            clip, metrics = _train(config, record, progress)
+            model, metrics = train(record)
         seconds = time.monotonic() - started
-        _save(clip, config, metrics, seconds, partial)
+        save(model, config, metrics, seconds, partial)
         if out.exists():
             out.rmdir()
         partial.replace(out)
@@ -461,13 +490,11 @@ def pretrain_scenes(
     return PretrainResult(out, seconds, metrics)
 
 
-def _check(config: PretrainConfig, out: Path) -> None:
+def _check(config: PretrainCourse, out: Path) -> None:
     if config.steps < 1 or config.batch_size < 2:
         raise ConfigError(
             f"steps is {config.steps} and batch_size is {config.batch_size}; expected at least 1 and at least 2."
         )
-    if config.patch_mode not in ("value", "attention"):
-        raise ConfigError(f"patch_mode is '{config.patch_mode}'; expected value or attention.")
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; expected a folder for the CLIP.")
     if out.is_dir() and any(out.iterdir()):
@@ -484,16 +511,16 @@ def _train(config: PretrainConfig, record: Callable[..., None], progress: bool) 
     metrics: dict[str, float] = {}
     shown = ("accuracy", "value/object_miou", "value/background_recall")
     started = time.monotonic()
-    with _bar(config.steps, progress) as advance, _math_attention():
+    with progress_bar(config.steps, progress) as advance, math_attention():
         for step in range(config.steps):
-            batch = _Batch(config, step, tokenizer)
-            rate = _schedule(step, config)
+            batch = TrainingBatch(config, step, tokenizer)
+            rate = schedule(step, config)
             for optimiser in optimisers:
                 for group in optimiser.param_groups:
                     group["lr"] = group["base_lr"] * rate
                 optimiser.zero_grad(set_to_none=True)
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                pooled, patches = _encode(clip, batch.images, batch.window, mode)
+                pooled, patches = encode_pictures(clip, batch.images, batch.window, mode)
                 texts = clip.encode_text(batch.tokens)
                 phrases = clip.encode_text(batch.phrases) if mode else None
             scale = clip.logit_scale.exp()
@@ -520,7 +547,7 @@ def _train(config: PretrainConfig, record: Callable[..., None], progress: bool) 
             if done % config.eval_every == 0 or done == config.steps:
                 last = done == config.steps
                 if last:
-                    _round_to_half(clip)  # the figures are those of the weights that are written
+                    round_to_half(clip)  # the figures are those of the weights that are written
                 modes: tuple[DenseMode, ...] = ("value-cls", "value", "attention") if last else ("value",)
                 metrics = {k: round(v, 2) for k, v in evaluate_scenes_clip(clip.eval(), sets, modes).items()}
                 clip.train()
@@ -557,7 +584,7 @@ def _optimisers(clip: DenseCLIP, config: PretrainConfig) -> list[torch.optim.Opt
     return [adamw, muon]
 
 
-def _schedule(step: int, config: PretrainConfig) -> float:
+def schedule(step: int, config: PretrainCourse) -> float:
     """Share of the full rate: linear warm-up, then half a cosine to zero."""
     warm = min(config.warmup, config.steps // 4)
     if step < warm:
@@ -566,7 +593,7 @@ def _schedule(step: int, config: PretrainConfig) -> float:
 
 
 @contextmanager
-def _math_attention() -> Iterator[None]:
+def math_attention() -> Iterator[None]:
     """Attention in its plain form: for a hundred tokens its backward is 1.7 times as fast as the tiled one here."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -575,7 +602,7 @@ def _math_attention() -> Iterator[None]:
 
 
 @contextmanager
-def _bar(total: int, show: bool) -> Iterator[Callable[[str], None]]:
+def progress_bar(total: int, show: bool) -> Iterator[Callable[[str], None]]:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -600,32 +627,44 @@ def _bar(total: int, show: bool) -> Iterator[Callable[[str], None]]:
 
 
 @torch.no_grad()
-def _round_to_half(clip: nn.Module) -> None:
+def round_to_half(clip: nn.Module) -> None:
     for parameter in clip.parameters():
         parameter.copy_(parameter.half())
 
 
 def _save(clip: DenseCLIP, config: PretrainConfig, metrics: dict[str, float], seconds: float, folder: Path) -> None:
-    import open_clip
     from safetensors.torch import save_file
-
-    from infoclip import __version__
 
     state = {key: value.half().contiguous() for key, value in clip.stock_state_dict().items()}
     weights = folder / "model.safetensors"
     # One entry: safetensors writes several in random order, and the same training is to give the same bytes.
     save_file(state, weights, metadata={"quick_gelu": "false"})
     weights.chmod(0o644)  # safetensors writes for the owner alone; a package is for everybody
-    _json(folder / "config.json", scenes_model_config())
-    _json(folder / "vocabulary.json", scenes_vocabulary())
-    default = PretrainConfig()
-    command = ["infoclip", "pretrain", "scenes", "--out", "DIR", "--seed", str(config.seed)]
-    for name in ("steps", "batch_size"):
-        if getattr(config, name) != getattr(default, name):
-            command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+    write_json(folder / "config.json", scenes_model_config())
+    write_json(folder / "vocabulary.json", scenes_vocabulary())
+    note = (
+        "Trained on generated pictures and their captions alone. The patches were trained with the last block "
+        "in its value path, so that clip.dense=value reads what was trained."
+    )
+    write_provenance(folder, "scenes", config, metrics, seconds, note)
+
+
+def write_provenance(
+    folder: Path, name: str, config: PretrainCourse, metrics: dict[str, float], seconds: float, note: str
+) -> None:
+    """``PROVENANCE.json``: the command, the settings, the figures, and what it was run with."""
+    import open_clip
+
+    from infoclip import __version__
+
+    default = type(config)()
+    command = ["infoclip", "pretrain", name, "--out", "DIR", "--seed", str(config.seed)]
+    for option in ("steps", "batch_size"):
+        if getattr(config, option) != getattr(default, option):
+            command += [f"--{option.replace('_', '-')}", str(getattr(config, option))]
     others = {k: v for k, v in asdict(config).items() if v != getattr(default, k)}
     from_command_line = set(others) <= {"steps", "batch_size", "seed"}
-    _json(
+    write_json(
         folder / "PROVENANCE.json",
         {
             "command": shlex.join(command) if from_command_line else None,
@@ -641,13 +680,11 @@ def _save(clip: DenseCLIP, config: PretrainConfig, metrics: dict[str, float], se
                 "python": platform.python_version(),
             },
             "processor": torch.backends.cpu.get_cpu_capability(),
-            "note": (
-                "Trained on generated pictures and their captions alone. The patches were trained with the last block "
-                "in its value path, so that clip.dense=value reads what was trained."
-            ),
+            "note": note,
         },
     )
 
 
-def _json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: Any) -> None:
+    """Indented JSON with a last line feed."""
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -143,7 +143,7 @@ def test_fresh_model_is_open_clips_own_class() -> None:
     model.load_state_dict(clip.stock_state_dict())
     image = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        pooled, patches = P._encode(clip, image, (0, 0), "value")
+        pooled, patches = P.encode_pictures(clip, image, (0, 0), "value")
         # What is trained is what open_clip and DenseCLIP compute; 1e-5 covers float32 sums in another order.
         assert torch.allclose(pooled, model.encode_image(image), atol=1e-5)
         assert patches is not None
@@ -167,9 +167,9 @@ def test_parts_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> Non
     clip = P._new_clip(0)
     image = torch.randn(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        whole = P._encode(clip, image, (1, 2), "value")
+        whole = P.encode_pictures(clip, image, (1, 2), "value")
         monkeypatch.setattr(P, "_CHUNK", 2 * 64)
-        parts = P._encode(clip, image, (1, 2), "value")
+        parts = P.encode_pictures(clip, image, (1, 2), "value")
     for a, b in zip(whole, parts, strict=True):
         assert torch.allclose(a, b, atol=1e-5)  # float32 sums over other batch sizes
 
@@ -177,7 +177,7 @@ def test_parts_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_batches_follow_the_curriculum_and_the_captions() -> None:
     config = P.PretrainConfig(steps=100, batch_size=64)
     tokenizer = _tokenizer()
-    first, middle, last = (P._Batch(config, step, tokenizer) for step in (0, 80, 99))
+    first, middle, last = (P.TrainingBatch(config, step, tokenizer) for step in (0, 80, 99))
     counts = [(b.scenes.objects >= 0).sum(dim=1) for b in (first, middle, last)]
     assert int(counts[0].max()) == 1
     assert int(counts[1].max()) == 3
@@ -189,10 +189,10 @@ def test_batches_follow_the_curriculum_and_the_captions() -> None:
         assert [n for n, k in zip(SCENE_CLASSES, middle.named[i].tolist(), strict=True) if k] == [
             name for name in SCENE_CLASSES if name in text
         ]
-    again = P._Batch(config, 80, tokenizer)
+    again = P.TrainingBatch(config, 80, tokenizer)
     assert torch.equal(again.images, middle.images)
     assert torch.equal(again.tokens, middle.tokens)
-    other = P._Batch(P.PretrainConfig(steps=100, batch_size=64, seed=1), 80, tokenizer)
+    other = P.TrainingBatch(P.PretrainConfig(steps=100, batch_size=64, seed=1), 80, tokenizer)
     assert not torch.equal(other.images, middle.images)
 
 
@@ -328,7 +328,7 @@ def test_builtin_name_loads_the_shipped_weights(shipped: BuiltinClip) -> None:
         )
     )
     scenes = render_scenes(4, 96, (1, 1), seed=5)
-    image = P._normalise(scenes.images)
+    image = P.normalise(scenes.images)
     with torch.no_grad():
         assert torch.allclose(clip.encode_global(image), shipped.model.encode_image(image), atol=1e-5)
         text = clip.text_features(list(OBJECT_CLASSES))
