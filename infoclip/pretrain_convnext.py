@@ -8,9 +8,10 @@ learns is the image encoder, a small ConvNeXt of timm. Two losses:
   corrects the teacher, whose own answer is wrong in two patches of five, and no mask is needed.
 - **Contrastive** (as locked-image tuning, with the text locked instead): pooled picture against whole caption.
 
-The trunk is a plain ConvNeXt without layer scale, since scaled by 1e-6 its blocks never wake in so short a training,
-with the stem's filters whitened as the ViT's, and at strides 4, 8, 8, 8: the coarsest map of a picture of 96 px is
-12 x 12, as fine as the ViT's, because at the usual stride of 32 it would be 3 x 3.
+The trunk is a plain ConvNeXt with the stem's filters whitened as the ViT's, and without layer scale: from timm's start
+at 1e-6 it learns half as fast here (loss of the patches at step 300: 0.32, without it 0.19). Its maps are at strides 4,
+8, 8, 8: the coarsest one of a picture of 96 px is 12 x 12, as fine as the ViT's; at the usual stride of 32 it would be
+3 x 3.
 """
 
 from __future__ import annotations

@@ -151,7 +151,8 @@ class PanopticEvaluation:
         names = {True: "seen", False: "unseen", None: ""}
         for row in self.per_class:
             table.add_row(
-                escape(row.name), "thing" if row.thing else "stuff", names[row.seen], *map(percent, (row.pq, row.sq, row.rq)),
+                escape(row.name), "thing" if row.thing else "stuff", names[row.seen],
+                *map(percent, (row.pq, row.sq, row.rq)),
                 *map(str, (row.true_positives, row.false_positives, row.false_negatives)), percent(row.iou),
             )  # fmt: skip
         return table
