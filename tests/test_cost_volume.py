@@ -266,6 +266,10 @@ class TestTopClasses:
         image, text, _ = features((1, 40, 20, 1, 8), torch.float32, shared=True)
         text[13, 0, 2] = float("nan")
         assert 13 in cost_volume_topk(image, text, 1, backend=backend).classes
+        for pixel in (0, 17, 37, 39):  # of a vector's lanes, of either of two vectors, of what is left over
+            image, text, _ = features((1, 40, 20, 1, 8), torch.float32, shared=True)
+            image[0, pixel, 3] = float("nan")
+            assert room.op.sweep(image, text, 1.0, False, backend)[1].isnan().all()
 
     @pytest.mark.parametrize(
         ("k", "error", "message"),

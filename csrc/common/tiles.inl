@@ -267,22 +267,29 @@ void store_as(const C* src, int64_t n, C factor, const C* columns, S* dst) {
   }
 }
 
+// Of two values the larger, or the one that is not a number: once it is NaN, nothing is greater.
+template <class V>
+inline V larger(V most, V v) {
+  return (v > most) | (v != v) ? v : most;
+}
+
 template <class C>
 C highest(const C* src, int64_t n, const C* columns) {
-  C part[16];
-  for (int i = 0; i < 16; ++i) part[i] = -C(__builtin_inf());
+  using V = typename Vector<C>::type;
+  constexpr int L = Vector<C>::lanes;
+  V part[2];  // two, as each comparison waits for the one before
+  for (int i = 0; i < L; ++i) part[0][i] = part[1][i] = -C(__builtin_inf());
   int64_t k = 0;
-  for (; k + 16 <= n; k += 16)
-    for (int i = 0; i < 16; ++i) {
-      const C v = src[k + i] * columns[k + i];
-      part[i] = (v > part[i]) | (v != v) ? v : part[i];  // once NaN, nothing is greater
+  for (; k + 2 * L <= n; k += 2 * L)
+    for (int half = 0; half < 2; ++half) {
+      const V* a = reinterpret_cast<const V*>(src + k + half * L);
+      const V* b = reinterpret_cast<const V*>(columns + k + half * L);
+      part[half] = larger<V>(part[half], *a * *b);
     }
-  for (int i = 0; k + i < n; ++i) {
-    const C v = src[k + i] * columns[k + i];
-    part[i] = (v > part[i]) | (v != v) ? v : part[i];
-  }
-  C most = part[0];
-  for (int i = 1; i < 16; ++i) most = (part[i] > most) | (part[i] != part[i]) ? part[i] : most;
+  part[0] = larger<V>(part[0], part[1]);
+  C most = part[0][0];
+  for (int i = 1; i < L; ++i) most = larger<C>(most, part[0][i]);
+  for (; k < n; ++k) most = larger<C>(most, src[k] * columns[k]);
   return most;
 }
 
