@@ -44,26 +44,30 @@ inline void put(Half v, float& to) { to = widen(v); }
 inline void put(BFloat16 v, BFloat16& to) { to = v; }
 inline void put(Half v, BFloat16& to) { narrow(widen(v), to); }
 
+#ifdef PAIRS
+inline __m512 read(const float* from, __mmask16 m) { return _mm512_maskz_loadu_ps(m, from); }
+inline __m512 read(const Half* from, __mmask16 m) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, from)); }
+inline __m512 read(const BFloat16* from, __mmask16 m) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, from)), 16));
+}
+// 16 entries times f as bfloat16, each in the low half of a word. Numbers that have no normal bfloat16 become zeros, which
+// the dot product would take them for.
+template <bool SCALED, class S>
+inline __m512i read_halves(const S* from, float f, __mmask16 m) {
+  const __m512 v = read(from, m);
+  return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(SCALED ? _mm512_mul_ps(v, _mm512_set1_ps(f)) : v));
+}
+#endif
+
 // One depth of a panel (PAIRS: two) from entries that lie side by side; second is null at the end of an odd depth.
 template <bool SCALED, class S, class C, class E>
 inline void put_line(const S* first, const S* second, int count, C f, C g, E* to) {
 #ifdef PAIRS
-  auto bits = [](S v, C factor) {
-    BFloat16 e;
-    if (SCALED) put(widen(v) * factor, e);
-    else put(v, e);
-    return static_cast<uint32_t>(e.bits);
-  };
-  if (second) {
-    for (int i = 0; i < count; ++i) {
-      const uint32_t both = bits(first[i], f) | bits(second[i], g) << 16;
-      memcpy(to + 2 * i, &both, 4);
-    }
-  } else {
-    for (int i = 0; i < count; ++i) {
-      const uint32_t one = bits(first[i], f);
-      memcpy(to + 2 * i, &one, 4);
-    }
+  for (int i = 0; i < count; i += 16) {
+    const __mmask16 m = count - i < 16 ? (1u << (count - i)) - 1 : 0xffffu;
+    __m512i both = read_halves<SCALED>(first + i, f, m);
+    if (second) both = _mm512_or_si512(both, _mm512_slli_epi32(read_halves<SCALED>(second + i, g, m), 16));
+    _mm512_mask_storeu_epi32(to + 2 * i, m, both);
   }
 #else
   (void)second, (void)g;
@@ -87,6 +91,81 @@ inline void put_lines(const S* src, const int64_t* off, int64_t step, int64_t K,
   }
 }
 
+#if !defined(__clang__)  // __builtin_shuffle is GCC's alone
+template <int BYTES> struct Index;
+template <> struct Index<4> { typedef int32_t type __attribute__((vector_size(VBYTES))); };
+template <> struct Index<8> { typedef int64_t type __attribute__((vector_size(VBYTES))); };
+
+// v[i][j] becomes v[j][i] in log2 of the lanes rounds of perfect shuffles.
+template <class C>
+inline void transpose(typename Vector<C>::type (&v)[Vector<C>::lanes]) {
+  constexpr int L = Vector<C>::lanes;
+  typename Index<sizeof(C)>::type low, high;
+  for (int i = 0; i < L; ++i) {
+    low[i] = i / 2 + i % 2 * L;
+    high[i] = low[i] + L / 2;
+  }
+#pragma GCC unroll 4
+  for (int round = 1; round < L; round *= 2) {
+    typename Vector<C>::type w[L];
+#pragma GCC unroll 8
+    for (int i = 0; i < L / 2; ++i) {
+      w[2 * i] = __builtin_shuffle(v[i], v[i + L / 2], low);
+      w[2 * i + 1] = __builtin_shuffle(v[i], v[i + L / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) v[i] = w[i];
+  }
+}
+
+// A vector's lanes of neighbouring depths of a row: a word is a depth, or a pair of them.
+template <class S, class C>
+inline typename Vector<C>::type read_depths(const S* from, const C* scale) {
+  constexpr int L = Vector<C>::lanes;
+#ifdef PAIRS
+  const __m512 low = read(from, 0xffffu), high = read(from + L, 0xffffu);
+  return (typename Vector<C>::type)(
+      scale ? _mm512_cvtne2ps_pbh(_mm512_mul_ps(high, _mm512_loadu_ps(scale + L)),
+                                  _mm512_mul_ps(low, _mm512_loadu_ps(scale)))
+            : _mm512_cvtne2ps_pbh(high, low));
+#else
+  C line[L];
+  for (int k = 0; k < L; ++k) line[k] = scale ? widen(from[k]) * scale[k] : widen(from[k]);
+  return *reinterpret_cast<const typename Vector<C>::type*>(line);
+#endif
+}
+
+template <int WORDS, class C>
+inline void put_words(const typename Vector<C>::type (&v)[Vector<C>::lanes], int width, C* to) {
+  for (int k = 0; k < Vector<C>::lanes; ++k) memcpy(to + k * width, &v[k], WORDS * sizeof(C));
+}
+
+// Rows whose entries lie side by side, as many as there are lanes by as many words; returns the depths that it did.
+template <class S, class C, class E>
+inline int64_t pack_squares(const S* src, const int64_t* off, int rows, int64_t K, int width, const C* scale,
+                            E* panel) {
+  constexpr int L = Vector<C>::lanes;
+  int64_t k = 0;
+  for (; k + L * PAIR <= K; k += L * PAIR)
+    for (int r = 0; r < width; r += L) {
+      typename Vector<C>::type v[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) {
+        if (r + i < rows) v[i] = read_depths(src + off[r + i] + k, scale ? scale + k : nullptr);
+        else v[i] = typename Vector<C>::type{};
+      }
+      transpose<C>(v);
+      C* to = reinterpret_cast<C*>(panel) + k / PAIR * width + r;
+      if (width - r >= L) put_words<L>(v, width, to);
+      else put_words<MR % L ? MR % L : L>(v, width, to);
+    }
+  return k;
+}
+#else
+template <class S, class C, class E>
+inline int64_t pack_squares(const S*, const int64_t*, int, int64_t, int, const C*, E*) { return 0; }
+#endif
+
 template <class S, class C, class E>
 void pack_rows_as(const S* src, const int64_t* off, int rows, int64_t sk, int64_t K, int width, const C* scale,
                   E* panel) {
@@ -98,20 +177,12 @@ void pack_rows_as(const S* src, const int64_t* off, int rows, int64_t sk, int64_
     return;
   }
   // 16 of each row at a time, so that what is read and what is written stay near.
-  for (int64_t k0 = 0; k0 < K; k0 += 16) {
+  for (int64_t k0 = sk == 1 ? pack_squares<S, C, E>(src, off, rows, K, width, scale, panel) : 0; k0 < K; k0 += 16) {
     const int64_t depth = K - k0 < 16 ? K - k0 : 16;
     for (int i = 0; i < rows; ++i) {
       const S* from = src + off[i] + k0 * sk;
       E* to = panel + place(k0, i, width);
-      if (depth == 16 && sk == 1) {
-        E line[16];
-        if (scale) {
-          for (int k = 0; k < 16; ++k) put(widen(from[k]) * scale[k0 + k], line[k]);
-        } else {
-          for (int k = 0; k < 16; ++k) put(from[k], line[k]);
-        }
-        for (int k = 0; k < 16; k += PAIR) memcpy(to + k * width, line + k, sizeof(E) * PAIR);
-      } else if (scale) {
+      if (scale) {
         for (int64_t k = 0; k < depth; ++k) put(widen(from[k * sk]) * scale[k0 + k], to[place(k, 0, width)]);
       } else {
         for (int64_t k = 0; k < depth; ++k) put(from[k * sk], to[place(k, 0, width)]);

@@ -211,6 +211,13 @@ class Run {
                   char* panel) {
     const typename Set<C>::View& view = *set.views[v];
     const int64_t D = z_.p.D[v];
+    if (!z_.p.unit[v]) {  // one factor for all: a scale of every depth
+      Buffer<C> scale(D);
+      std::fill_n(scale.get(), D, factor[first]);
+      k.pack_rows(set.x(z_, v), z_.p.dtype, view.off.data() + first, count, z_.p.x_s[v][2], D, width,
+                  factor[first] == 1 ? nullptr : scale.get(), panel);
+      return;
+    }
     Buffer<C> rows(count * std::min(D, kDepth));
     int64_t off[kMaxWidth];
     for (int64_t d = 0; d < D; d += kDepth) {
