@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from infoclip.kernels.renyi_mutual_information import estimate_renyi_mutual_information
 from infoclip.objective import (
     compression_loss,
     normalized_gram,
@@ -19,6 +23,8 @@ from infoclip.objective import (
     transfer_loss,
 )
 from infoclip.objective.numerics import unit
+
+estimate = importlib.import_module("infoclip.kernels.renyi_mutual_information.estimate")
 
 ORDERS = (0.5, 0.9, 1.0, 1.01, 1.5, 2.0, 3.0, 20.0)
 
@@ -276,3 +282,133 @@ def test_misuse_of_pairs() -> None:
     with pytest.raises(ValueError, match="at least one"):
         renyi_joint_entropy()
     assert renyi_mutual_information(torch.ones(0, 3, 2), torch.ones(0, 3, 2)).shape == (0,)
+
+
+def pairs(N: int) -> tuple[Tensor, Tensor]:
+    """Two sets of unequal widths that know of each other."""
+    shared = draw(2, N, 3, seed=1)
+    x = draw(2, N, 9, seed=2) + shared @ draw(3, 9, seed=3)
+    y = draw(2, N, 7, seed=4) + shared @ draw(3, 7, seed=5)
+    return x, y
+
+
+class TestEstimate:
+    @pytest.mark.parametrize("alpha", [0.5, 0.9, 1, 1.01, 1.5, 2, 3, 7.5])
+    def test_the_error_bound_holds(self, alpha: float) -> None:
+        """5 in 100 may be off by more, of 10 seeds by 2 sets one; a bound that never comes near says nothing."""
+        x, y = pairs(200)
+        exact = renyi_mutual_information(x, y, alpha)
+        shares = []
+        for seed in range(10):
+            value, error = estimate_renyi_mutual_information(x, y, alpha, seed=seed)
+            shares.append((value - exact).abs() / error)
+        assert int((torch.cat(shares) > 1).sum()) <= 1
+        assert torch.cat(shares).max() > 0.1
+
+    @pytest.mark.parametrize("alpha", [0.5, 1, 1.5, 2.5])
+    def test_the_two_rules_hold_the_exact_form_between_them(self, alpha: float) -> None:
+        N = 40
+        x, y = pairs(N)
+        gram = (x @ x.mT) * (y @ y.mT)
+        scale = 1 / gram.diagonal(dim1=1, dim2=2).sum(dim=1)
+        values, vectors = torch.linalg.eigh(gram * scale[:, None, None])
+        of = torch.special.entr(values.clamp(min=0)) if alpha == 1 else values.clamp(min=0) ** alpha
+        signs = draw(N, seed=7).sign()
+        exact = (of * (vectors.mT @ signs).square()).sum(dim=1) / N
+        for steps in (2, 3, 6, 12):
+            gauss, radau, *_ = estimate.quadratures(x, y, scale, signs.expand(2, N), alpha, steps)
+            low, high = torch.minimum(gauss, radau), torch.maximum(gauss, radau)
+            assert bool((low <= exact + 1e-14).all() & (exact <= high + 1e-14).all())
+            if steps == 2 and alpha != 2.5:
+                assert bool((high - low > 1e-3 * exact).all())
+        gauss, radau, *_ = estimate.quadratures(x, y, scale, signs.expand(2, N), alpha, N)
+        # The space is complete: both are exact, but for float64's roundings.
+        torch.testing.assert_close(gauss, exact, rtol=1e-6, atol=0)
+        torch.testing.assert_close(radau, exact, rtol=1e-6, atol=0)
+
+    @pytest.mark.parametrize("alpha", [1.5, 2, 3])
+    def test_gradients(self, alpha: float) -> None:
+        """The mean of many seeds' gradients tends to the exact one."""
+        x, y = (v.requires_grad_() for v in pairs(60))
+        weights = torch.tensor([1.0, -2.0], dtype=torch.float64)
+        exact = torch.autograd.grad(renyi_mutual_information(x, y, alpha) @ weights, (x, y))
+        found = [
+            torch.autograd.grad(estimate_renyi_mutual_information(x, y, alpha, seed=seed).value @ weights, (x, y))
+            for seed in range(9)
+        ]
+        for index, want in enumerate(exact):
+            mean = torch.stack([f[index] for f in found]).mean(dim=0)
+            off, one = ((f - want).norm() / want.norm() for f in (mean, found[0][index]))
+            assert off < 0.35  # of 576 probes in all
+            assert off < one / 2  # a third is the root of 9 seeds; what has a bias stays where it is
+
+    def test_seeds_dtypes_and_batches(self) -> None:
+        x, y = pairs(50)
+        first, again = (estimate_renyi_mutual_information(x, y, 3.0) for _ in range(2))
+        assert torch.equal(first.value, again.value)
+        assert torch.equal(first.error, again.error)
+        assert not torch.equal(estimate_renyi_mutual_information(x, y, 3.0, seed=1).value, first.value)
+        assert estimate_renyi_mutual_information(x.bfloat16(), y.half(), 3.0, probes=1).value.dtype == torch.float32
+        alone = estimate_renyi_mutual_information(x[:1], y[:1], 3.0)
+        torch.testing.assert_close(alone.value, first.value[:1], rtol=1e-12, atol=0)
+        scaled = estimate_renyi_mutual_information(x * 1e100, y * 1e-100, 3.0)
+        torch.testing.assert_close(scaled.value, first.value, rtol=1e-10, atol=0)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(estimate_renyi_mutual_information(x, y, 3.0).value, first.value)
+        assert estimate_renyi_mutual_information(x[:0], y[:0], 3.0).value.shape == (0,)
+        one = estimate_renyi_mutual_information(x[:, :1], y[:, :1], 3.0)  # more steps than samples
+        torch.testing.assert_close(one.value, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)
+
+    def test_awkward_sets(self) -> None:
+        x, y = pairs(20)
+        x[0, :10], y[0, 10:] = 0, 0
+        x[1, 3, 2] = math.nan
+        x, y = x.requires_grad_(), y.requires_grad_()
+        value, error = estimate_renyi_mutual_information(x, y, 3.0)
+        assert value[0] == error[0] == 0
+        assert value[1].isnan()
+        for slope in torch.autograd.grad(value[0], (x, y)):
+            assert not slope[0].any()
+
+    def test_no_matrix_of_all_samples(self) -> None:
+        """16,384 samples in less than 8 times N (D + E + steps) float64; one matrix of them would be 2 GiB."""
+        program = (
+            "import resource, torch\n"
+            "from infoclip.kernels.renyi_mutual_information import estimate_renyi_mutual_information\n"
+            "torch.set_num_threads(1)\n"
+            "def step(n):\n"
+            "    x, y = (torch.randn(1, n, 32, requires_grad=True) for _ in range(2))\n"
+            "    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "    estimate_renyi_mutual_information(x, y, 3.0, probes=2).value.sum().backward()\n"
+            "    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024\n"
+            "step(200)\n"
+            "print(step(16384))\n"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert int(done.stdout) <= 8 * 8 * 16384 * (32 + 32 + 16)
+
+    @pytest.mark.parametrize(
+        ("options", "error", "match"),
+        [
+            ({"probes": 0}, ValueError, "probes is 0; expected at least 1"),
+            ({"steps": 1}, ValueError, "steps is 1; expected at least 2"),
+            ({"steps": 2.0}, TypeError, "steps is a float; expected a whole number"),
+            ({"seed": -1}, ValueError, "seed is -1"),
+            ({"confidence": 1.0}, ValueError, r"confidence is 1.0; expected a number between 0 and 1"),
+            ({"alpha": 0.0}, ValueError, "alpha is 0.0"),
+            ({"alpha": 1.0}, ValueError, "expected more than 1 where a gradient is wanted"),
+        ],
+    )
+    def test_misuse(self, options: dict, error: type[Exception], match: str) -> None:
+        x, y = pairs(10)
+        with pytest.raises(error, match=match):
+            estimate_renyi_mutual_information(x.requires_grad_(), y, **{"alpha": 3.0, **options})
+
+    def test_misuse_of_sets(self) -> None:
+        x, y = pairs(10)
+        with pytest.raises(ValueError, match=r"expected \[B, N, D\]"):
+            estimate_renyi_mutual_information(x[0], y[0], 3.0)
+        with pytest.raises(ValueError, match="expected the same batch"):
+            estimate_renyi_mutual_information(x, y[:, :5], 3.0)
+        with pytest.raises(TypeError, match="expected floating-point"):
+            estimate_renyi_mutual_information(x, y.long(), 3.0)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from torch import Tensor
 from infoclip.kernels import BackendUnavailableError, Op, choose, register
 from infoclip.kernels.numerics import check_samples
 
-from . import native_impl, op, reference, triton_impl
+from . import estimate, native_impl, op, reference, triton_impl
 
 __all__ = [
     "RenyiEstimate",
@@ -176,6 +177,79 @@ def normalized_gram(
     """
     check_samples("x", x)
     return reference.normalized_gram(x)
+
+
+class RenyiEstimate(NamedTuple):
+    """An estimate of mutual information, and how far off it may be."""
+
+    value: Tensor  # [B], bits
+    error: Tensor  # [B], bits, without gradient; infinite where the probes say too little
+
+
+def estimate_renyi_mutual_information(
+    x: Tensor,  # [B, N, D]
+    y: Tensor,  # [B, N, E]
+    alpha: float,
+    *,
+    probes: int = 64,
+    steps: int = 16,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> RenyiEstimate:
+    """Mutual information of any order without an N x N matrix: for many samples, where eigenvalues cost N^3.
+
+    At alpha = 2 :func:`renyi_mutual_information` is exact without one: take that. The single entropies are exact here
+    too, by the smaller side, O(N D min(N, D)) operations. Of the joint entropy, the sum of f(l) over the eigenvalues
+    of A = (x x^T) o (y y^T) / trace with f = l^alpha (-l ln l at 1) is the mean of z^T f(A) z over ``probes`` vectors
+    of random signs, each by ``steps`` steps of Lanczos: stochastic Lanczos quadrature (Ubaru, Chen and Saad, SIAM J.
+    Matrix Anal. Appl. 2017). A meets vectors alone: 4 N D E operations a step, O(N (D + E + steps) + D E) memory.
+
+    ``error`` adds two parts and carries them through the logarithm. The quadrature's: even derivatives of f have one
+    sign on l > 0 and odd ones the other, so the Gauss rule and the Gauss-Radau rule with a node at 0 have z^T f(A) z
+    between them (Golub and Meurant, "Matrices, Moments and Quadrature", 1994); their middle is taken and half their
+    distance added (both exact, and equal, for whole orders up to 2 steps - 1). The probes': a probe's variance is
+    2 (||f(A)||_F^2 - sum_i f(A)_ii^2) (Hutchinson 1990), so by Chebyshev's inequality the mean is off by more than
+    sqrt(2 sum f(l)^2 / (probes (1 - confidence))) with a probability of at most 1 - ``confidence``; the sum of squares
+    is taken from the same quadrature.
+
+    Computed in float64, returned in float32 or wider. The same ``seed`` gives the same bits. Differentiable once, for
+    orders above 1: the gradient is an unbiased estimate up to the quadrature's error. A set with a value that is not
+    finite gives NaN; where the joint Gram matrix is zero, value and error are 0.
+
+    Args:
+        probes: random vectors, at least 1; the error falls as their root.
+        steps: Lanczos steps of each, at least 2; orders far below 1 want more.
+        confidence: probability, between 0 and 1, that the exact value lies within ``error``.
+        seed: of the signs.
+
+    Raises:
+        TypeError: as :func:`renyi_mutual_information`; ``probes``, ``steps`` or ``seed`` not a whole number.
+        ValueError: as :func:`renyi_mutual_information`; sets that are not [B, N, D]; a number out of range; a gradient
+            wanted for ``alpha`` of at most 1.
+    """
+    _check_views([x, y])
+    _check_order(alpha)
+    if x.ndim != 3:
+        raise ValueError(f"set 0 has shape {list(x.shape)}; expected [B, N, D]")
+    for name, number, least in (("probes", probes, 1), ("steps", steps, 2), ("seed", seed, 0)):
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"{name} is a {type(number).__name__}; expected a whole number")
+        if number < least:
+            raise ValueError(f"{name} is {number}; expected at least {least}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}; expected a number between 0 and 1")
+    if alpha <= 1 and torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+        raise ValueError(
+            f"alpha is {alpha}; expected more than 1 where a gradient is wanted: detach the sets, or take "
+            "renyi_mutual_information"
+        )
+    wide = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
+    x, y = (reference.rescaled(v.double()) for v in (x, y))
+    joint, error = estimate.joint_entropy(x, y, alpha, probes, steps, confidence, seed)
+    value = reference.entropy(x, alpha) + reference.entropy(y, alpha) - joint
+    # Where no sample is there in both, as everywhere.
+    there = (x.detach().square().sum(dim=-1) * y.detach().square().sum(dim=-1)).sum(dim=-1) != 0
+    return RenyiEstimate(torch.where(there, value, 0.0).to(wide), error.to(wide))
 
 
 def _check_views(views: Sequence[Tensor]) -> None:

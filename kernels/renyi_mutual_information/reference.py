@@ -10,7 +10,7 @@ from torch import Tensor
 
 from infoclip.kernels.numerics import full_precision, unit, widened
 
-__all__ = ["entropy", "information", "normalized_gram"]
+__all__ = ["entropy", "information", "normalized_gram", "rescaled"]
 
 
 def entropy(
@@ -19,7 +19,7 @@ def entropy(
 ) -> Tensor:  # [...]
     """Entropy of single sets, by the smaller of the two Gram matrices."""
     with full_precision(x):
-        rows = _rescaled(widened(x))
+        rows = rescaled(widened(x))
         # x x^T and x^T x have the same eigenvalues but for zeros, and the same trace.
         gram = rows @ rows.mT if rows.shape[-2] <= rows.shape[-1] else rows.mT @ rows
         return _entropy(gram, alpha)[0]
@@ -55,7 +55,7 @@ def normalized_gram(
         return _gram(widened(x)) / x.shape[-2]
 
 
-def _rescaled(x: Tensor) -> Tensor:
+def rescaled(x: Tensor) -> Tensor:
     """Divided by a power of two near the largest entry of each set, so that fourth powers neither overflow nor vanish.
 
     No entropy depends on the scale: taking it for a constant leaves the gradient exact.
@@ -67,7 +67,7 @@ def _rescaled(x: Tensor) -> Tensor:
 
 def _gram(x: Tensor) -> Tensor:
     """Gram matrix of trace N (0 for a set of zeros), so that Hadamard products keep their size."""
-    x = _rescaled(x)
+    x = rescaled(x)
     square = x.square().sum(dim=(-2, -1), keepdim=True)
     x = x * (math.sqrt(x.shape[-2]) * torch.where(square != 0, square, 1.0).rsqrt())
     return x @ x.mT
