@@ -389,6 +389,9 @@ def test_bad_values() -> None:
     with pytest.raises(ValueError, match="backend='fast'"):
         renyi_mutual_information(x, y, backend="fast")
     if native.available():
+        many = x[:, :1].expand(1, 2**40, 4)  # stride 0: it takes no memory
+        with pytest.raises(ValueError, match=r"2\^31 samples"):
+            renyi_mutual_information(many, many, backend="native")
         with pytest.raises(kernels.BackendUnavailableError, match="order 2"):
             renyi_mutual_information(x, y, 3.0, backend="native")
 

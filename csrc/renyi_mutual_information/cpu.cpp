@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <stdexcept>
 #include <vector>
 
 #include "common/check.hpp"
@@ -560,6 +561,8 @@ class Run {
 }  // namespace
 
 void renyi_information_cpu(const RenyiInformation& p, Isa isa, int threads) {
+  // Pairs of blocks, and bytes of what is kept of them, are counted in 64 bits.
+  if (p.N >= int64_t(1) << 31) throw std::invalid_argument("infoclip._C: a set of 2^31 samples or more");
   if (p.dtype == kDouble) Run<double>(p, isa, threads).all();
   else Run<float>(p, isa, threads).all();
 }
