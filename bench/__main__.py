@@ -4,6 +4,7 @@
     python -m bench errors    each op's distance to float64                       (bench/errors.py)
     python -m bench aot       every GPU kernel compiled without a GPU             (bench/aot.py)
     python -m bench bounds    what the aggregation computes and keeps, counted    (bench/bounds.py)
+    python -m bench plan      a training step's memory beside its budget          (bench/plan.py)
 
 A suite is a file ``bench/suite_<op>.py``; ``all`` runs every one on pytest-benchmark. The op's tests must pass and a
 case checks its values against the reference before it is timed, so there is no figure for a wrong result.
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-COMMANDS = ("report", "errors", "aot", "bounds")
+COMMANDS = ("report", "errors", "aot", "bounds", "plan")
 """Modules of this folder with a ``main``."""
 
 

@@ -35,6 +35,8 @@ __all__ = [
     "save_config",
 ]
 
+_MEMORY = ("fast", "balanced", "lean", "reference", "auto")
+
 
 @dataclass
 class ClipConfig:
@@ -77,9 +79,11 @@ class ModelConfig:
     decoder_dims: tuple[int, ...] = (64, 32)
     decoder_guidance_dims: tuple[int, ...] = (256, 128)
     decoder_guidance_proj_dims: tuple[int, ...] = (32, 16)
-    memory: Literal["fast", "balanced", "lean", "reference"] = "fast"
-    """What the aggregation keeps for its backward pass, from much to little (3.0, 0.7, 0.2 GB an image at the published
-    size), or its plain form (6.9 GB). Values and gradients are the same to rounding, and a run can change the mode."""
+    memory: str = "fast"
+    """What a training step keeps for its backward pass, from much to little: ``fast``, ``balanced``, ``lean`` (3.0,
+    0.7, 0.2 GB an image in the aggregation at the published size; the last two also compute CLIP's activations again),
+    or ``reference``, its plain form (6.9 GB). A budget such as ``8GiB``, or ``auto`` for what is free, lets the planner
+    choose mode, class chunk and micro-batch. Values and gradients are the same to rounding; a run can change it."""
     class_chunk: int = 0
     """Classes that are worked on at once; 0 for the memory mode's own choice. Fewer take less memory for a moment."""
 
@@ -257,6 +261,19 @@ class Config:
                 f"the {name} below the {wide} channels that it joins",
             )
         _require(m.pooling_train >= 1 and m.pooling_eval >= 1, "model.pooling_train", m.pooling_train, "at least 1")
+        if m.memory not in _MEMORY:
+            from infoclip.budget import parse_budget
+
+            if not any(character.isdigit() for character in m.memory):
+                near = difflib.get_close_matches(m.memory, _MEMORY, n=1)
+                hint = f"; did you mean '{near[0]}'?" if near else "."
+                raise ConfigError(
+                    f"model.memory is '{m.memory}'; expected one of {', '.join(_MEMORY)} or a budget such as 8GiB{hint}"
+                )
+            try:
+                parse_budget(m.memory)
+            except ValueError as error:
+                raise ConfigError(f"model.memory: {error}.") from error
         _require(m.class_chunk >= 0, "model.class_chunk", m.class_chunk, "0 or more")
         _require(m.pad_len >= 0, "model.pad_len", m.pad_len, "0 or more")
         if self.align.method == "infoclip" and self.align.samples == "batch" and self.data.batch_size == 1:

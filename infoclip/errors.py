@@ -9,7 +9,7 @@ as the kind of mistake demands.
 from __future__ import annotations
 
 __all__ = ["CheckpointError", "ConfigError", "DataError", "InfoclipError", "InfoclipWarning", "NonFiniteLossError",
-           "StorageError"]  # fmt: skip
+           "OutOfMemoryError", "StorageError"]  # fmt: skip
 
 
 class InfoclipWarning(UserWarning):
@@ -42,5 +42,11 @@ class StorageError(InfoclipError, OSError):
 
 class NonFiniteLossError(InfoclipError, RuntimeError):
     """The loss became NaN or infinite; names the step, the batch's files and the last good checkpoint."""
+
+    exit_code = 1
+
+
+class OutOfMemoryError(InfoclipError, RuntimeError):
+    """Memory ran out and there is no leaner way to take the step."""
 
     exit_code = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -17,6 +18,7 @@ from infoclip.clip.layers import LayerNorm, Transformer
 from infoclip.clip.templates import TEMPLATES
 from infoclip.clip.weights import join_projections, split_projections, write_safetensors
 from infoclip.errors import CheckpointError, ConfigError, DataError, StorageError
+from infoclip.model.memory import region
 
 if TYPE_CHECKING:
     import open_clip
@@ -51,6 +53,9 @@ class VisionTower(nn.Module):
         self.patch_size = arch.patch_size
         self.pool = arch.pool
         self.norm_after_pool = arch.norm_after_pool
+        self.recompute: str | None = None
+        """What dense encoding keeps of a block for the backward pass (:func:`infoclip.model.memory.region`): None for
+        everything."""
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(arch.grid[0] * arch.grid[1] + 1, width))
         self.proj = nn.Parameter(torch.empty(width, arch.embed_dim))
@@ -109,10 +114,12 @@ class VisionTower(nn.Module):
         blocks = self.transformer.resblocks
         outputs: dict[int, Tensor] = {}
         for i, block in enumerate(blocks):
+            run: Callable[..., Tensor] = block
             if i == len(blocks) - 1 and mode != "attention":
-                x = block.forward_value(x, class_residual=mode == "value-cls")  # type: ignore[operator]
-            else:
-                x = block(x)
+                value_path: Any = block.forward_value
+                run = partial(value_path, class_residual=mode == "value-cls")
+            learns = x.requires_grad or any(p.requires_grad for p in block.parameters())
+            x = region(self.recompute, run, x) if self.recompute and learns else run(x)
             if i in keep:
                 outputs[i] = x
         return self.ln_post(x) @ self.proj, [outputs[i] for i in keep]
@@ -313,8 +320,14 @@ class DenseCLIP(nn.Module):
             raise StorageError(f"Cannot write the CLIP weights to {path}: {error.strerror or error}.") from error
 
     def frozen_copy(self) -> DenseCLIP:
-        """An independent copy that never learns: the teacher. It is in evaluation mode and needs no gradient."""
+        """A copy that never learns: the teacher. It is in evaluation mode and needs no gradient.
+
+        Parameters that learn are copied; those that are frozen when this is called are shared, so that choose what
+        learns (:meth:`parameter_policy`) first.
+        """
         memo: dict[int, Any] = {id(self.tokenizer): self.tokenizer}  # stateless and large: shared
+        # What never learns here either is the same in both for good: CLIP's weights are needed once.
+        memo |= {id(p): p for p in self.parameters() if not p.requires_grad}
         other = copy.deepcopy(self, memo)
         return other.requires_grad_(False).eval()
 
@@ -486,6 +499,27 @@ class DenseCLIP(nn.Module):
         return F.normalize(features.float() if features.dtype != torch.float64 else features, dim=-1).unflatten(
             0, tokens.shape[:2]
         )
+
+    def text_backward(
+        self,
+        class_names: Sequence[str],
+        gradient: Tensor,  # [T, P, d]
+        templates: Sequence[str] | None = None,
+        chunk: int = 16,
+    ) -> None:
+        """Add to the parameters' gradients what ``gradient`` of :meth:`text_features` gives them.
+
+        The features are computed again, ``chunk`` prompts at a time, so that a pass over the class names under
+        ``torch.no_grad`` before needs to keep nothing.
+
+        Raises:
+            DataError: as :meth:`text_features`.
+        """
+        tokens = self.prompt_tokens(class_names, templates).flatten(0, 1)
+        for part, grad in zip(tokens.split(chunk), gradient.flatten(0, 1).split(chunk), strict=True):
+            features = self.encode_text(part)
+            features = F.normalize(features.float() if features.dtype != torch.float64 else features, dim=-1)
+            torch.autograd.backward(features, grad)
 
     def prompt_tokens(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> Tensor:
         """Token ids [T, P, context_length] of every class in every template; kept for the last few class lists.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from infoclip.attention import attention
 from infoclip.clip.architecture import Activation, Tower
 
 __all__ = ["Attention", "Block", "LayerNorm", "LayerScale", "QuickGELU", "Transformer"]
@@ -102,7 +103,7 @@ class Attention(nn.Module):
             F.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, C / heads]
             for weight, bias in zip(weights, biases, strict=True)
         )
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        y = attention(q, k, v, causal=causal)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
     def value_path(self, x: Tensor) -> Tensor:  # [B, N, C] -> [B, N, C]

@@ -16,7 +16,7 @@ from infoclip.progress import new_bar
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["ProgressLine", "RunLog", "read_log"]
+__all__ = ["ProgressLine", "RunLog", "read_events", "read_log"]
 
 
 class RunLog:
@@ -35,7 +35,7 @@ class RunLog:
 
         self.path = out / "log.jsonl"
         if self.path.exists():
-            kept = [line for line in read_log(self.path) if line["step"] <= start_step]
+            kept = [line for line in _lines(self.path) if line["step"] <= start_step]
             atomic_write_text(self.path, "".join(_dump(line) for line in kept))
         with storage_errors(str(self.path)):
             self._file = self.path.open("a", encoding="utf-8")
@@ -54,6 +54,13 @@ class RunLog:
                 for name, number in value.items() if isinstance(value, Mapping) else [("", value)]:
                     self.tensorboard.add_scalar(f"{key}/{name}" if name else key, number, step)
 
+    def event(self, step: int, text: str, values: Mapping[str, Any]) -> None:
+        """Append a line about something that happened; :func:`read_log` leaves such lines out."""
+        with storage_errors(str(self.path)):
+            self._file.write(_dump({"step": step, "event": text, **values}))
+            self._file.flush()
+        self.tensorboard.add_text("events", text, step)
+
     def image(self, name: str, picture: np.ndarray, step: int) -> None:  # [H, W, 3] uint8
         """A picture for TensorBoard."""
         self.tensorboard.add_image(name, picture, step, dataformats="HWC")
@@ -66,9 +73,18 @@ class RunLog:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a ``log.jsonl``; a last line cut short by a kill is left out."""
+    """The logged steps of a ``log.jsonl``; a last line cut short by a kill is left out."""
+    return [line for line in _lines(Path(path)) if "event" not in line]
+
+
+def read_events(path: str | Path) -> list[dict[str, Any]]:
+    """What else a ``log.jsonl`` tells: memory plans and shortages, each with its ``step`` and ``event``."""
+    return [line for line in _lines(Path(path)) if "event" in line]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
     lines = []
-    for text in Path(path).read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
             line = json.loads(text)
         except ValueError:

@@ -8,20 +8,24 @@ On the CPU a run that is killed and resumed therefore ends with the same bits as
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infoclip.budget import format_bytes
 from infoclip.config import Config, config_to_dict, load_config
 from infoclip.data.classes import load_classes, load_label_map
 from infoclip.data.folders import FolderDataset, PairDataset
@@ -31,7 +35,15 @@ from infoclip.engine import checkpoint as ckpt
 from infoclip.engine.environment import collect_environment, peak_memory_mib
 from infoclip.engine.log import ProgressLine, RunLog
 from infoclip.engine.optim import build_optimizer, clip_gradients, lr_factor, set_learning_rate
-from infoclip.errors import CheckpointError, ConfigError, InfoclipError, NonFiniteLossError
+from infoclip.engine.planner import PROMPTS, Plan, Settings, budget_of, couples, lower, make_plan
+from infoclip.errors import (
+    CheckpointError,
+    ConfigError,
+    InfoclipError,
+    InfoclipWarning,
+    NonFiniteLossError,
+    OutOfMemoryError,
+)
 
 if TYPE_CHECKING:
     from infoclip.clip import DenseCLIP
@@ -165,6 +177,8 @@ class _Run:
         from infoclip.model import build_segmentor
 
         self.config, self.out, self.device = config, out, device
+        self.before = int(psutil.Process().memory_info().rss) if device.type == "cpu" else 0
+        self.peak_before = self._peak() if device.type == "cpu" else 0
         self.checkpoints = out / "checkpoints"
         self.step = 0
         self.log: RunLog | None = None
@@ -204,6 +218,11 @@ class _Run:
             augment, self.ignore_index, pin_memory=device.type == "cuda",
         )  # fmt: skip
 
+        self.coupled = couples(config)
+        self.settings = Settings("fast", config.model.class_chunk, config.data.batch_size)
+        self.plan: Plan | None = None
+        self.budget = budget_of(config.model.memory, device)
+
         # since the last logging step: sums on the device, and how many steps gave each
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
@@ -217,18 +236,26 @@ class _Run:
     def go(self, progress: bool) -> TrainResult:
         config, total = self.config, self.config.train.steps
         model_dir = self.out / "model"
+        self._restore_or_plan()
         self._write_heads()
-        self._restore()
         assert self.loader is not None
+        if self.plan is not None and progress and self.step < total:
+            from rich.console import Console
+
+            Console(stderr=True).print(self.plan.table())
         if self.step < total:
             self.loader.start()  # workers fork before TensorBoard and the progress bar start their threads
         self.log = RunLog(self.out, self.step)
+        if self.plan is not None:
+            self.log.event(self.step, "memory plan", self.plan.to_dict())
         images = config.data.batch_size * config.train.grad_accumulation
         start_step, begin = self.step, time.perf_counter()
         self.window_begin, self.window_step, self.data_wait = begin, self.step, 0.0
         with ProgressLine(config.name, self.step, total, progress) as bar:
             while self.step < total:
                 picture = self._train_step()
+                if self.step == start_step and self.plan is not None:
+                    self._measured()
                 self.step += 1
                 last = self.step == total
                 bar.advance()
@@ -269,23 +296,19 @@ class _Run:
         set_learning_rate(
             self.optimizer, lr_factor(self.step, config.train.steps, config.optim.schedule, config.optim.warmup_steps)
         )
-        self.optimizer.zero_grad(set_to_none=True)
         chosen = self._choose([batch["mask"] for batch in batches])
-        names = self.classes if chosen is None else [self.classes[i] for i in chosen.tolist()]
-        with self._autocast():
-            text = self._text(names, chosen)  # [T, P, d]
-        # A step's micro-batches share one pass through the text tower: gradients meet at this leaf.
-        leaf = text.detach().requires_grad_(text.requires_grad)
-        totals: dict[str, Tensor] = {}
-        picture = None
-        for batch in batches:
-            terms, draw = self._forward(batch, leaf, chosen)
-            (terms["loss"] / parts).backward()
-            for name, value in terms.items():
-                totals[name] = totals.get(name, 0.0) + value.detach() / parts
-            picture = picture or draw
-        if leaf.grad is not None:
-            text.backward(leaf.grad)
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            shortage = None
+            try:
+                totals, picture = self._gradients(batches, chosen)
+                break
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _is_shortage(error):
+                    raise
+                shortage = str(error).splitlines()[0]
+            # Outside the handler, whose traceback holds what the step had computed.
+            self._step_down(shortage, len(self.classes) if chosen is None else len(chosen))
 
         kinds = (self.step + 1) % config.train.log_every == 0 or self.step + 1 == config.train.steps
         by_kind = clip_gradients(self.optimizer.param_groups, 0.0, "group") if kinds else {}
@@ -298,6 +321,120 @@ class _Run:
             self.counts[name] = self.counts.get(name, 0) + 1
         due = config.train.image_every > 0 and (self.step + 1) % config.train.image_every == 0
         return picture if due else None
+
+    def _gradients(self, batches: list[dict[str, Any]], chosen: Tensor | None) -> tuple[dict[str, Tensor], Any]:
+        """Forward and backward passes of a step: the losses by name, and a function that draws the first pictures.
+
+        Nothing but the parameters' gradients changes, and nothing random is drawn: it can be repeated.
+        """
+        names = self.classes if chosen is None else [self.classes[i] for i in chosen.tolist()]
+        clip = self.segmentor.clip
+        recompute = self.settings.mode in ("balanced", "lean") and not clip.text_frozen
+        with self._autocast(), torch.set_grad_enabled(not recompute):
+            text = self._text(names, chosen)  # [T, P, d]
+        # A step's micro-batches share one pass through the text tower: gradients meet at this leaf.
+        leaf = text.detach().requires_grad_(not clip.text_frozen)
+        totals: dict[str, Tensor] = {}
+        picture = None
+        for batch in batches:
+            for part, images, pixels in self._divided(batch):
+                terms, draw = self._forward(part, leaf, chosen)
+                weighted = {name: value * (images / len(batches)) for name, value in terms.items()}
+                weighted["segmentation"] = terms["segmentation"] * (pixels / len(batches))
+                weighted["loss"] = weighted["segmentation"] + weighted.pop("alignment", 0.0)
+                weighted["loss"].backward()
+                for name, value in weighted.items():
+                    totals[name] = totals.get(name, 0.0) + value.detach()
+                picture = picture or draw
+                del terms, weighted
+        if leaf.grad is not None:
+            if recompute:
+                with self._autocast():
+                    clip.text_backward(names, leaf.grad, self.templates, PROMPTS)
+            else:
+                text.backward(leaf.grad)
+        return totals, picture
+
+    def _divided(self, batch: dict[str, Any]) -> list[tuple[dict[str, Any], float, float]]:
+        """A batch's micro-batches, and of each its share of the images and of what the segmentation loss averages."""
+        total, size = len(batch["image"]), self.settings.micro_batch
+        if size >= total:
+            return [(batch, 1.0, 1.0)]
+        divided = []
+        labelled = (batch["mask"] != self.ignore_index).flatten(1).sum(1).double()
+        for start in range(0, total, size):
+            part = {key: value[start : start + size] for key, value in batch.items()}
+            images = len(part["image"]) / total
+            pixels = images
+            if self.config.train.ignored == "masked":
+                pixels = float(labelled[start : start + size].sum() / labelled.sum().clamp_min(1))
+            divided.append((part, images, pixels))
+        return divided
+
+    def _step_down(self, shortage: str, classes: int) -> None:
+        """After running out of memory: the next lower settings, with a warning and a line in the log."""
+        self.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        below = lower(self.settings, classes, self.coupled, self.device)
+        if below is None:
+            hint = "" if self.coupled and self.config.data.batch_size > 1 else " or clip.image_size"
+            raise OutOfMemoryError(
+                f"Out of memory at step {self.step + 1} with the leanest settings ({self.settings}); free memory on "
+                f"{self.device}, or lower data.sample_classes, data.batch_size{hint} ({shortage.rstrip('.')})."
+            )
+        text = f"out of memory at step {self.step + 1} with {self.settings}: repeated with {below}"
+        warnings.warn(text, InfoclipWarning, stacklevel=2)
+        self._use(below)
+        if self.log is not None:
+            self.log.event(self.step + 1, text, {"settings": dataclasses.asdict(below), "shortage": shortage})
+
+    def _use(self, settings: Settings) -> None:
+        self.settings = settings
+        self.segmentor.use_memory(settings.mode, settings.chunk)
+
+    def _restore_or_plan(self) -> None:
+        """Settings of the checkpoint where the same memory was asked for, so that a resumed run has the same bits."""
+        config = self.config
+        earlier = self._restore()
+        if earlier.get("asked") == [config.model.memory, config.model.class_chunk]:
+            self._use(Settings(**earlier["settings"]))
+        elif self.budget is None:
+            self._use(Settings(config.model.memory, config.model.class_chunk, config.data.batch_size))
+        else:
+            limit = config.data.sample_classes
+            classes = min(limit, len(self.classes)) if limit > 0 else len(self.classes)
+            clip = self.segmentor.clip
+            tokens = clip.prompt_tokens(self.classes, self.templates).flatten(0, 1)
+            length = int(clip._read_positions(tokens).max()) + 1 if clip._cuts_context else tokens.shape[1]
+            self.plan = make_plan(
+                self.budget, config, self.segmentor, self.teacher, self.objective, classes, length, self.device
+            )
+            self._use(self.plan.settings)
+
+    def _measured(self) -> None:
+        """The first real step against the plan: what it took is logged, and settings that took too much are lowered."""
+        assert self.plan is not None
+        assert self.log is not None
+        if self._peak() <= self.peak_before:
+            return  # the process had held as much before: nothing can be told
+        peak = self._peak() - self.before
+        values = {"measured": peak, "counted": self.plan.footprint.total, "budget": self.plan.budget}
+        self.log.event(self.step + 1, f"the first step took {format_bytes(max(peak, 0))}", values)
+        if peak > self.plan.budget:
+            below = lower(self.settings, self.plan.classes, self.coupled, self.device)
+            more = f"goes on with {below}" if below else "there are no leaner settings"
+            text = f"the first step took {format_bytes(peak)} of {format_bytes(self.plan.budget)}; {more}"
+            warnings.warn(text, InfoclipWarning, stacklevel=2)
+            self.log.event(self.step + 1, text, {})
+            if below:
+                self._use(below)
+
+    def _peak(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_reserved(self.device)
+        return int(peak_memory_mib("cpu") * 2**20)
 
     def _forward(self, batch: dict[str, Any], text: Tensor, chosen: Tensor | None) -> tuple[dict[str, Tensor], Any]:
         """The losses of a batch by name (``loss`` is their sum), and a function that draws it."""
@@ -328,10 +465,12 @@ class _Run:
                 step=self.step,
             )
             terms = {"loss": task + result.loss, "segmentation": task, **result.terms}
+            terms["alignment"] = result.loss
+        first = output.logits[:4].detach()
 
         def draw() -> Any:
             size = batch["mask"].shape[-2:]
-            logits = F.interpolate(output.logits[:4].detach().float(), size=size, mode="bilinear", align_corners=False)
+            logits = F.interpolate(first.float(), size=size, mode="bilinear", align_corners=False)
             guess = logits.argmax(dim=1).cpu()
             # indices of the whole list, so that a class keeps its colour from step to step
             return _panel(batch["image"], batch["mask"], guess if chosen is None else chosen[guess], self.classes)
@@ -428,15 +567,20 @@ class _Run:
             "loader": self.loader.state_dict(),
             "window": {"sums": self.sums, "counts": self.counts, "losses": self.losses},
             "rng": ckpt.get_rng_state(),
+            "memory": {
+                "asked": [self.config.model.memory, self.config.model.class_chunk],
+                "settings": dataclasses.asdict(self.settings),
+            },
         }
         ckpt.save_checkpoint(self.checkpoints, self.step, state)
         ckpt.prune_checkpoints(self.checkpoints, self.config.train.keep_checkpoints)
 
-    def _restore(self) -> None:
+    def _restore(self) -> dict[str, Any]:
+        """Continue from the newest checkpoint, if there is one; returns what it says of memory."""
         ckpt.remove_unfinished(self.out)
         found = ckpt.latest_checkpoint(self.checkpoints)
         if found is None:
-            return
+            return {}
         _, path = found
         state = ckpt.load_checkpoint(path)
         if state["teacher"] != self.teacher_hash:
@@ -461,6 +605,7 @@ class _Run:
         self.counts, self.losses = window["counts"], window["losses"]
         ckpt.set_rng_state(state["rng"])
         self.step = state["step"]
+        return state.get("memory", {})
 
     def _write_heads(self) -> None:
         """``config.json`` and ``environment.json``, once everything that a user can get wrong has been read."""
@@ -544,6 +689,11 @@ def _process_settings(config: Config, device: torch.device) -> Iterator[None]:
             torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
             torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def _is_shortage(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; the CPU's allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _pixels(dense: Tensor) -> Tensor:  # [B, d, h, w] -> [B, n, d]

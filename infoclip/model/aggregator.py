@@ -21,7 +21,7 @@ from infoclip.config import ModelConfig
 from infoclip.kernels.cost_volume import cost_volume
 from infoclip.model.attention import ClassAttention, SwinBlock
 from infoclip.model.decoder import UpBlock
-from infoclip.model.memory import MemoryMode, check_memory, class_chunk, region
+from infoclip.model.memory import MODES, check_memory, class_chunk, region
 
 __all__ = ["DROPPED_LOGIT", "Aggregator", "AggregatorLayer", "ClassAggregation", "SpatialAggregation"]
 
@@ -211,9 +211,11 @@ class Aggregator(nn.Module):
         self.decoder1 = UpBlock(dim, first, narrow[0])
         self.decoder2 = UpBlock(first, second, narrow[1])
         self.head = nn.Conv2d(second, 1, kernel_size=3, padding=1)
-        self.memory, self.class_chunk = config.memory, config.class_chunk
+        # A budget is for the planner of a training run to translate; without one the default holds.
+        self.memory: str = config.memory if config.memory in MODES else "fast"
+        self.class_chunk = config.class_chunk
 
-    def use_memory(self, mode: MemoryMode, class_chunk: int = 0) -> Aggregator:
+    def use_memory(self, mode: str, class_chunk: int = 0) -> Aggregator:
         """Choose what the backward pass finds and what it computes again (:mod:`infoclip.model.memory`).
 
         Every mode reads the same weights and gives the same values and gradients to rounding. A graph of ``fast`` or

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infoclip.attention import attention
+
 __all__ = ["fold_transposed", "fold_up", "guidance_product", "guided_linear", "up_convolution", "window_attention"]
 
 
@@ -57,7 +59,7 @@ def window_attention(
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:  # [N, L, C] -> [N, L, C]
         q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        return attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
     if mask is None:
         return attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), None).view_as(q)

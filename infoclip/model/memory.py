@@ -47,6 +47,7 @@ _KEPT: dict[str, tuple[str, ...]] = {
 }
 _CHUNK = {"fast": 0, "balanced": 32, "lean": 8}
 _CPU_CHUNK = 4
+_DEVICES = ("cpu", "cuda", "meta")
 
 Out = TypeVar("Out")
 
@@ -68,7 +69,15 @@ def class_chunk(mode: str, chunk: int, classes: int, device: torch.device) -> in
 
     On a CPU a few classes, whose maps stay in its caches. Elsewhere few enough that what one region computes again
     stays below what its mode keeps.
+
+    Raises:
+        ValueError: a mode whose kept operators the device lacks.
     """
+    if mode in ("fast", "balanced") and device.type not in _DEVICES:
+        raise ValueError(
+            f"the memory mode {mode} keeps the results of attention operators that {device.type} does not have; "
+            "use lean or reference there"
+        )
     size = chunk or (_CPU_CHUNK if device.type == "cpu" else _CHUNK[mode])
     return min(size or classes, classes)
 

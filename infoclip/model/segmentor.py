@@ -53,6 +53,21 @@ class Segmentor(nn.Module):
         self.upsample1 = nn.ConvTranspose2d(width, first, kernel_size=2, stride=2) if guided else None
         self.upsample2 = nn.ConvTranspose2d(width, second, kernel_size=4, stride=4) if guided else None
 
+        self.use_memory(self.aggregator.memory, config.class_chunk)
+
+    def use_memory(self, mode: str, class_chunk: int = 0) -> Segmentor:
+        """Choose what the backward pass finds: :meth:`Aggregator.use_memory`, and the blocks of CLIP's image tower.
+
+        ``fast`` and ``reference`` keep CLIP's activations; ``balanced`` keeps its attention outputs and ``lean`` the
+        inputs of its blocks, and the rest is computed again.
+
+        Raises:
+            ValueError: another mode, or a negative chunk.
+        """
+        self.aggregator.use_memory(mode, class_chunk)
+        self.clip.visual.recompute = {"balanced": "attention", "lean": "lean"}.get(mode)
+        return self
+
     def forward(
         self,
         image: Tensor,  # [B, 3, S, S], normalised
