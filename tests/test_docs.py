@@ -1,0 +1,107 @@
+"""Every command of the guides, run on small copies of the data with a small CLIP."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from small_models import small_config
+from small_trees import NAMES, write_tree
+from training_data import write_folders
+from typer.testing import CliRunner
+
+from infoclip.cli import app
+from infoclip.model.checkpoint import save_model
+from infoclip.model.segmentor import Segmentor, build_segmentor
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = ["train-coco-stuff", "evaluate-benchmarks", "own-data", "published-weights", "predict-and-export", "small-gpu"]
+TINY = [
+    "clip.image_size=32", "model.hidden_dim=16", "model.num_layers=1", "model.num_heads=2", "model.window_size=2",
+    "model.text_guidance_proj_dim=16", "model.appearance_guidance_proj_dim=16", "model.decoder_dims=16,16",
+    "model.decoder_guidance_dims=16,16", "model.decoder_guidance_proj_dims=8,8", "data.resize=36", "data.crop=32",
+    "data.workers=0", "train.steps=2", "train.threads=1", "train.device=cpu", "clip.pretrained=",
+]  # fmt: skip
+"""Stands for the published sizes and weights; the last word on a key counts."""
+
+
+def commands(page: str) -> list[str]:
+    """The lines of a page that call ``infoclip``."""
+    return re.findall(r"^    (infoclip .*)$", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a run, a published checkpoint, pictures and all data sets; /data is in it."""
+    monkeypatch.chdir(tmp_path)
+    for name in NAMES:
+        write_tree(name, tmp_path / "data")
+    write_folders(tmp_path / "data/mine")
+    (tmp_path / "data/mine/names.txt").write_text((tmp_path / "data/mine/classes.txt").read_text())
+    for path in ("photo.jpg", "data/photos/1.jpg", "data/photos/2.png", "data/more/3.jpg"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40, 30), 60).convert("RGB").save(path)
+    config = small_config(tmp_path)
+    torch.manual_seed(0)
+    segmentor = build_segmentor(config)
+    save_model(segmentor, config, ["person", "tree"], tmp_path / "runs/b16/model")
+    torch.save({"model": segmentor.state_dict_catseg()}, "model_final.pth")
+    _small_published(monkeypatch, segmentor)
+    return tmp_path
+
+
+def _small_published(monkeypatch: pytest.MonkeyPatch, segmentor: Segmentor) -> None:
+    """The published file stands for one of ViT-B/16: a small one's CLIP is in no list of open_clip's."""
+    import infoclip.convert as convert
+
+    read = convert.read_catseg
+
+    def with_clip(path, overrides=(), classes="coco_stuff_171"):  # type: ignore[no-untyped-def]
+        return read(path, ["clip.model=tiny_clip.json", "model.num_heads=2", "model.pad_len=8", *overrides], classes)
+
+    monkeypatch.setattr(convert, "read_catseg", with_clip)
+
+
+def run(line: str, place: Path) -> str:
+    words = [word.replace("/data", str(place / "data")) for word in shlex.split(line)[1:]]
+    if words[0] == "train" and not words[1].endswith(".json"):
+        words = [word for word in words if not word.startswith("clip.pretrained=")]
+        words[2:2] = [*TINY, "clip.model=tiny_clip.json"]
+    if words[0] == "data" and words[1] == "check":
+        words += ["--quiet"]
+    answer = CliRunner().invoke(app, words)
+    assert answer.exit_code == 0, f"{line}\n{answer.output}\n{answer.stderr}\n{answer.exception!r}"
+    return answer.output
+
+
+@pytest.mark.slow  # some thirty commands; predict on Ray and export take 20 to 40 s each
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page(place: Path, page: str) -> None:
+    lines = commands(page)
+    assert lines
+    if page == "train-coco-stuff":
+        shutil.rmtree("runs")  # it makes the run that the other pages use
+    for line in lines:
+        if "--engine ray" in line:
+            pytest.importorskip("ray")
+        run(line, place)
+
+
+def test_the_index_names_every_page() -> None:
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
+    pages = {p.name for p in DOCS.glob("*.md")} - {"README.md"}
+    assert pages == set(re.findall(r"\(([a-z0-9-]+\.md)\)", index))
+    assert {f"{page}.md" for page in PAGES} == pages - {"study.md"}
+    for path in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / link).exists(), f"{path.name} links to {link}"
+
+
+def test_published_numbers_are_marked() -> None:
+    text = (DOCS / "evaluate-benchmarks.md").read_text(encoding="utf-8")
+    assert "**Published, not measured here**" in text
