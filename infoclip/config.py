@@ -25,6 +25,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvalConfig",
+    "MaskConfig",
     "ModelConfig",
     "OptimConfig",
     "TrainConfig",
@@ -46,8 +47,9 @@ class ClipConfig:
     """open_clip architecture name, or the path of an open_clip model config (JSON)."""
     pretrained: str = "openai"
     """open_clip weight tag, a local weight file, ``builtin:scenes`` (shipped), or empty for random weights."""
-    tune: Literal["attention", "full", "frozen"] = "attention"
-    """What learns in CLIP: q and v projections of both towers (published), everything, nothing."""
+    tune: Literal["attention", "full", "frozen", "trunk"] = "attention"
+    """What learns in CLIP: q and v projections of both towers (published), everything, nothing; of a ConvNeXt its stem
+    and stages (MAFT+), or nothing (FC-CLIP)."""
     tune_positions: bool = False
     """With ``attention``: also the visual position embedding (the published code means to, but does not)."""
     dense: Literal["value-cls", "value", "attention"] = "value-cls"
@@ -86,6 +88,50 @@ class ModelConfig:
     choose mode, class chunk and micro-batch. Values and gradients are the same to rounding; a run can change it."""
     class_chunk: int = 0
     """Classes that are worked on at once; 0 for the memory mode's own choice. Fewer take less memory for a moment."""
+
+
+@dataclass
+class MaskConfig:
+    """Mask proposals and their classes (FC-CLIP, MAFT+; published values). Only for these two systems."""
+
+    queries: int = 100
+    channels: int = 256
+    attention_heads: int = 8
+    encoder_layers: int = 6
+    encoder_ffn_dim: int = 1024
+    num_points: int = 4
+    """Points that a head samples on each level."""
+    decoder_layers: int = 9
+    decoder_ffn_dim: int = 2048
+    panoptic: bool = False
+    """MAFT+ only: the panoptic variant of the content-dependent transfer."""
+    transfer_heads: int = 8
+    transfer_features: Literal["pixel", "reinterpreted"] = "pixel"
+    """What the transfer reads: each pixel's embedding, or (published) those of rows that mix channels and pixels, since
+    the published code takes a map [C, h, w] for [h * w, C] without exchanging its axes. Published weights need the
+    latter."""
+    memory_mode: Literal["fast", "balanced", "lean", "reference"] = "fast"
+    """What is kept for the backward pass, from much to little, or autograd's own choice (``reference``)."""
+    class_weight: float = 2.0
+    mask_weight: float = 5.0
+    dice_weight: float = 5.0
+    no_object_weight: float = 0.1
+    """Of proposals without an object in the classification loss."""
+    points: int = 12544
+    """Points at which a mask is compared with an object."""
+    oversample: float = 3.0
+    importance: float = 0.75
+    """Share of the points that are the most uncertain of ``oversample`` times as many."""
+    mask_aware_weight: float = 1.0
+    compensation_weight: float = 0.1
+    compensation_kernel: Literal["square", "width"] = "square"
+    """Side that the pooling of the compensation loss divides: of the squared map, or (published) the map's width, which
+    gives tall images more cells than wide ones."""
+    student_drop_path: bool = False
+    """Stochastic depth in the tuned CLIP. The published code means to have it, but switches it off in its first step
+    and on again after its first evaluation."""
+    teacher_drop_path: bool = False
+    """Stochastic depth in the frozen CLIP, whose features are then noisy (published)."""
 
 
 @dataclass
@@ -175,7 +221,7 @@ class OptimConfig:
     """Largest gradient norm; 0 for no clipping."""
     clip_grad: Literal["joint", "group"] = "joint"
     """One norm over all parameters (published), or one for each of head, CLIP and alignment module."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "poly", "constant"] = "cosine"
     warmup_steps: int = 0
 
 
@@ -215,6 +261,18 @@ class EvalConfig:
     padding: Literal["none", "published"] = "none"
     """Without sliding window: ``published`` pads images to a multiple of 32 and, like the published code, never takes
     the padding off again, so that labels are slightly squeezed."""
+    object_threshold: float = 0.0
+    """Mask proposals only, as are the next: least score of a proposal in a panoptic map (MAFT+: 0.2)."""
+    overlap_threshold: float = 0.8
+    """Least share of a proposal's own pixels that it must win in a panoptic map (MAFT+: 0.7)."""
+    instances: int = 100
+    """Most instances of a picture."""
+    ensemble_alpha: float = 0.4
+    """FC-CLIP: weight of CLIP's own score against the decoder's for seen classes."""
+    ensemble_beta: float = 0.8
+    """The same for unseen classes."""
+    ensemble_on_valid_mask: bool = False
+    """FC-CLIP: proposals that are empty on CLIP's map keep the decoder's score alone."""
 
 
 @dataclass
@@ -222,8 +280,12 @@ class Config:
     """Everything that decides a run's result."""
 
     name: str = "custom"
+    system: Literal["catseg", "fcclip", "maftplus"] = "catseg"
+    """Cost aggregation on a ViT (CAT-Seg, InfoCLIP), or mask proposals on a ConvNeXt, frozen (FC-CLIP) or tuned with
+    its text (MAFT+)."""
     clip: ClipConfig = field(default_factory=ClipConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -276,6 +338,7 @@ class Config:
                 raise ConfigError(f"model.memory: {error}.") from error
         _require(m.class_chunk >= 0, "model.class_chunk", m.class_chunk, "0 or more")
         _require(m.pad_len >= 0, "model.pad_len", m.pad_len, "0 or more")
+        self._validate_mask()
         if self.align.method == "infoclip" and self.align.samples == "batch" and self.data.batch_size == 1:
             raise ConfigError(
                 "align.samples=batch compares the pictures of a batch, and data.batch_size is 1; "
@@ -303,6 +366,41 @@ class Config:
         _require(self.eval.batch_size >= 1, "eval.batch_size", self.eval.batch_size, "at least 1")
         _require(self.clip.image_size > 0, "clip.image_size", self.clip.image_size, "greater than 0")
         return self
+
+    def _validate_mask(self) -> None:
+        k = self.mask
+        for name in ("queries", "attention_heads", "encoder_layers", "encoder_ffn_dim", "num_points", "decoder_layers",
+                     "decoder_ffn_dim", "transfer_heads", "points"):  # fmt: skip
+            _require(getattr(k, name) >= 1, f"mask.{name}", getattr(k, name), "at least 1")
+        _require(
+            k.channels >= 32 and k.channels % 32 == 0 and k.channels % k.attention_heads == 0,
+            "mask.channels",
+            k.channels,
+            f"a multiple of 32 (the normalisation groups) and of mask.attention_heads ({k.attention_heads})",
+        )
+        _require(k.oversample >= 1, "mask.oversample", k.oversample, "at least 1")
+        _require(0 <= k.importance <= 1, "mask.importance", k.importance, "0 to 1")
+        for name in ("class_weight", "mask_weight", "dice_weight", "no_object_weight", "mask_aware_weight",
+                     "compensation_weight"):  # fmt: skip
+            _require(getattr(k, name) >= 0, f"mask.{name}", getattr(k, name), "0 or more")
+        _require(0 <= self.eval.object_threshold <= 1, "eval.object_threshold", self.eval.object_threshold, "0 to 1")
+        _require(0 <= self.eval.overlap_threshold <= 1, "eval.overlap_threshold", self.eval.overlap_threshold, "0 to 1")
+        _require(self.eval.instances >= 1, "eval.instances", self.eval.instances, "at least 1")
+        for name in ("ensemble_alpha", "ensemble_beta"):
+            _require(0 <= getattr(self.eval, name) <= 1, f"eval.{name}", getattr(self.eval, name), "0 to 1")
+        if self.system == "catseg":
+            _require(self.clip.tune != "trunk", "clip.tune", self.clip.tune, "attention, full or frozen")
+            return
+        _require(self.align.method == "none", "align.method", self.align.method, f"none for system={self.system}")
+        _require(
+            self.clip.tune in (("trunk", "frozen") if self.system == "maftplus" else ("frozen",)),
+            "clip.tune",
+            self.clip.tune,
+            "frozen for system=fcclip, trunk or frozen for system=maftplus",
+        )
+        classes = self.data.sample_classes
+        _require(classes == 0, "data.sample_classes", classes, "0 with mask proposals")
+        _require(not self.eval.sliding_window, "eval.sliding_window", True, "false with mask proposals")
 
 
 def _require(ok: bool, key: str, value: Any, expected: str) -> None:

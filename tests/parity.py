@@ -33,6 +33,10 @@ KINDS: dict[str, str] = {
     "cdt": "parity_maftplus:check_cdt",
     "ma_loss": "parity_maftplus:check_ma_loss",
     "mask_pooling_cls": "parity_maftplus:check_mask_pooling_cls",
+    "matcher_criterion": "parity_maftplus:check_matcher_criterion",
+    "fcclip_inference": "parity_maftplus:check_fcclip_inference",
+    "maft_inference": "parity_maftplus:check_maft_inference",
+    "maft_model": "parity_maftplus:check_maft_model",
 }
 """Check of each kind of case, as ``module:function`` (imported when a case of the kind is met)."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from parity_common import Case, Row, SkipCase
+from parity_common import Case, Row
 from torch import Tensor, nn
 
 from infoclip.clip import Architecture, DenseCLIP, Tower
@@ -63,10 +63,11 @@ def check_aggregator(case: Case) -> list[Row]:
 
 
 def check_optim(case: Case) -> list[Row]:
-    """Groups, three clipped AdamW steps, gradient norms and learning-rate factors of CAT-Seg's training."""
-    if case.variant != "catseg":
-        raise SkipCase(f"the optimiser of {case.variant} is not built yet")
+    """Groups, three clipped AdamW steps, gradient norms and learning-rate factors of both systems' training."""
     h, data = case.hyper, case.data
+    schedules = {"WarmupCosineLR": "cosine", "WarmupPolyLR": "poly"}
+    schedule = schedules[h.get("scheduler", "WarmupCosineLR")]
+    slow = "clip_model" if case.variant == "catseg" else "backbone"
     config = OptimConfig(
         lr=h["base_lr"],
         clip_lr_multiplier=h["multiplier"],
@@ -76,7 +77,7 @@ def check_optim(case: Case) -> list[Row]:
     )
     initial = case.prefixed("in.param.")
     toy = _module_of(initial)
-    groups = group_parameters([("", toy)], lambda name: "clip" if "clip_model" in name else "head", config)
+    groups = group_parameters([("", toy)], lambda name: "clip" if slow in name else "head", config)
     rates = {n: (g["lr"], g["weight_decay"]) for g in groups for n in g["param_names"]}
     rows = []
     for group in data["groups"]:
@@ -99,7 +100,7 @@ def check_optim(case: Case) -> list[Row]:
     for step in steps:
         for name, parameter in parameters.items():
             parameter.grad = case.tensor(f"in.grad.{step}.{name}").clone()
-        set_learning_rate(optimizer, lr_factor(step, h["max_iter"]))
+        set_learning_rate(optimizer, lr_factor(step, h["max_iter"], schedule))
         rates_used += [g["lr"] for g in optimizer.param_groups if any(p is parameters[first] for p in g["params"])]
         norms.append(clip_gradients(optimizer.param_groups, h["clip_norm"])["joint"].double())
         optimizer.step()
@@ -108,7 +109,7 @@ def check_optim(case: Case) -> list[Row]:
     rows.append(Row("data.gradient_norm", torch.stack(norms), as_double(data["gradient_norm_before_clip"])))
     rows.append(Row("data.lr_of_first_group", as_double(rates_used), as_double(data["lr_of_first_group"])))
     wanted = data["lr_multiplier"]
-    factors = as_double([lr_factor(int(k), h["max_iter"]) for k in wanted])
+    factors = as_double([lr_factor(int(k), h["max_iter"], schedule) for k in wanted])
     rows.append(Row("data.lr_multiplier", factors, as_double(list(wanted.values()))))
     return rows
 
@@ -127,7 +128,7 @@ def _module_of(parameters: dict[str, Tensor]) -> nn.Module:
         if weight is not None and weight.dim() == 4:
             layer = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2:], bias="bias" in tensors)
         elif weight is not None and weight.dim() == 2:
-            embeds = "emb" in last and "bias" not in tensors
+            embeds = ("emb" in last or "query" in last) and "bias" not in tensors
             make = nn.Embedding if embeds else nn.Linear
             layer = make(*weight.shape) if embeds else nn.Linear(weight.shape[1], weight.shape[0], "bias" in tensors)
         elif weight is not None and weight.dim() == 1:

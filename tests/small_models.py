@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import torch
 
-from infoclip.clip import Architecture, DenseCLIP, Tower
-from infoclip.config import ClipConfig, Config, EvalConfig, ModelConfig
+from infoclip.clip import Architecture, DenseCLIP, Tower, load_convnext_clip
+from infoclip.config import AlignConfig, ClipConfig, Config, EvalConfig, MaskConfig, ModelConfig
+from infoclip.model.maftplus import MaskSegmentor
 from infoclip.model.segmentor import Segmentor
 
-__all__ = ["randomize", "small_clip", "small_config", "small_model_config", "small_segmentor"]
+__all__ = [
+    "randomize",
+    "small_clip",
+    "small_config",
+    "small_mask_config",
+    "small_mask_segmentor",
+    "small_model_config",
+    "small_segmentor",
+]
 
 
 def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -82,3 +92,44 @@ def small_config(folder: Path) -> Config:
         model=small_model_config(),
         eval=EvalConfig(resize=0, sliding_window=False),
     )
+
+
+def small_mask_config(folder: Path, system: str = "maftplus", **changes: object) -> Config:
+    """A complete config of a small mask segmentor with random weights; its CLIP's files are in ``folder``."""
+    arguments = {"depths": [1, 1, 2, 1], "dims": [8, 16, 24, 32], "conv_mlp": False}
+    trunk = {"architecture": "convnext_atto", "pretrained_cfg": {}, "model_args": arguments}
+    (folder / "trunk").mkdir(exist_ok=True)
+    (folder / "trunk" / "config.json").write_text(json.dumps(trunk), encoding="utf-8")
+    architecture = {
+        "embed_dim": 16,
+        "vision_cfg": {"timm_model_name": "local-dir:trunk", "timm_proj": "mlp", "timm_pool": "", "timm_drop_path": 0.1,
+                       "image_size": 64},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }  # fmt: skip
+    path = folder / "tiny_convnext.json"
+    path.write_text(json.dumps(architecture), encoding="utf-8")
+    values: dict[str, object] = {
+        "queries": 6, "channels": 32, "attention_heads": 4, "encoder_layers": 1, "encoder_ffn_dim": 32,
+        "decoder_layers": 3, "decoder_ffn_dim": 32, "transfer_heads": 2, "points": 64,
+    }  # fmt: skip
+    tune = "trunk" if system == "maftplus" else "frozen"
+    return Config(
+        name="small-mask",
+        system=system,  # type: ignore[arg-type]
+        clip=ClipConfig(model=str(path), pretrained="", image_size=64, templates="plain", tune=tune),  # type: ignore[arg-type]
+        mask=MaskConfig(**{**values, **changes}),  # type: ignore[arg-type]
+        align=AlignConfig(method="none"),
+        eval=EvalConfig(resize=0, sliding_window=False),
+    )
+
+
+def small_mask_segmentor(transfer: bool = True, **changes: object) -> MaskSegmentor:
+    """A small mask segmentor with weights far from their initial values."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = small_mask_config(Path(folder), **changes)
+        torch.manual_seed(0)
+        segmentor = MaskSegmentor(
+            load_convnext_clip(config.clip, memory=config.mask.memory_mode), config.mask, transfer=transfer
+        )
+    randomize(segmentor)
+    return segmentor

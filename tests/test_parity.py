@@ -20,8 +20,8 @@ GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(p.name.removesuffix(".json") for p in GOLDEN.glob("*.json"))
 # The kinds of cases that this code covers: a case of one of them must never be skipped.
 BUILT = {
-    "aggregator", "catseg_model", "cdt", "clip_dense", "ma_loss", "mask_pooling_cls", "metrics", "msdeform", "optim",
-    "rc", "renyi_infosam", "tokenizer",
+    "aggregator", "catseg_model", "cdt", "clip_dense", "fcclip_inference", "ma_loss", "maft_inference", "maft_model",
+    "mask_pooling_cls", "matcher_criterion", "metrics", "msdeform", "optim", "rc", "renyi_infosam", "tokenizer",
 }  # fmt: skip
 
 
@@ -36,7 +36,7 @@ def _threads():
 def test_case(name: str) -> None:
     torch.set_num_threads(2)  # as recorded: sums over many terms depend on how threads cut them
     result, rows, remark = parity.run_case(load_case(GOLDEN / f"{name}.json"))
-    covered = name.partition(".")[0] in BUILT and name != "optim.maft"
+    covered = name.partition(".")[0] in BUILT
     assert result in (("pass",) if covered else ("pass", "skipped")), remark
     assert rows or result == "skipped"
 

@@ -189,7 +189,7 @@ def test_chunks_without_gradient_change_nothing(monkeypatch: pytest.MonkeyPatch)
     clip = text_clip()
     names = ["cat", "dog", "a much longer name", "sea", "x"]
     whole = clip.text_features(names).detach()
-    monkeypatch.setattr("infoclip.clip.dense._PROMPT_CHUNK", 2)
+    monkeypatch.setattr("infoclip.clip.text._PROMPT_CHUNK", 2)
     with torch.no_grad():
         torch.testing.assert_close(clip.text_features(names), whole)
 

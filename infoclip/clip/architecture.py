@@ -10,7 +10,7 @@ import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -20,7 +20,21 @@ from infoclip.errors import ConfigError
 if TYPE_CHECKING:
     import open_clip
 
-__all__ = ["Architecture", "Tower", "architecture_of", "model_config", "read_architecture"]
+__all__ = [
+    "Architecture",
+    "ConvNeXtArchitecture",
+    "TextArchitecture",
+    "Tower",
+    "architecture_of",
+    "build_convnext",
+    "convnext_architecture_of",
+    "model_config",
+    "read_architecture",
+    "read_convnext",
+]
+
+LOCAL_TRUNK = "local-dir:"
+"""How timm names an architecture of one's own: the folder of its ``config.json``, here relative to the model config."""
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 
@@ -36,6 +50,33 @@ class Tower:
     activation: Activation = "quick_gelu"
     eps: float = 1e-5
     layer_scale: bool = False
+
+
+class TextArchitecture(Protocol):
+    """What every architecture says of the text half: a plain transformer, and the joint space."""
+
+    @property
+    def embed_dim(self) -> int: ...
+    @property
+    def text(self) -> Tower: ...
+    @property
+    def context_length(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def causal(self) -> bool: ...
+    @property
+    def text_pool(self) -> Literal["argmax", "eos", "first", "last"]: ...
+    @property
+    def eos_id(self) -> int: ...
+    @property
+    def text_projection(self) -> Literal["matrix", "linear", "linear_bias", "none"]: ...
+    @property
+    def logit_scale_shape(self) -> tuple[int, ...]: ...
+    @property
+    def logit_bias(self) -> bool: ...
+    @property
+    def quick_gelu(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -65,6 +106,33 @@ class Architecture:
     def quick_gelu(self) -> bool:
         """Whether the towers compute QuickGELU, as the OpenAI weights need."""
         return self.vision.activation == "quick_gelu"
+
+
+@dataclass(frozen=True)
+class ConvNeXtArchitecture:
+    """A CLIP with a ConvNeXt of timm and a plain text transformer."""
+
+    embed_dim: int
+    vision_cfg: str
+    """open_clip's ``vision_cfg``, as JSON: timm itself builds the encoder from it."""
+    widths: tuple[int, ...]
+    """Channels of the four stages."""
+    image_size: int
+    """Side in pixels that the weights were trained at."""
+    text: Tower
+    context_length: int
+    vocab_size: int
+    causal: bool = True
+    text_pool: Literal["argmax", "eos", "first", "last"] = "argmax"
+    eos_id: int = 2
+    text_projection: Literal["matrix", "linear", "linear_bias", "none"] = "matrix"
+    logit_scale_shape: tuple[int, ...] = ()
+    logit_bias: bool = False
+
+    @property
+    def quick_gelu(self) -> bool:
+        """Whether the text tower computes QuickGELU; timm's encoders compute GELU."""
+        return self.text.activation == "quick_gelu"
 
 
 def model_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -103,6 +171,15 @@ def _read_json(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     config = data.get("model_cfg", data) if isinstance(data, dict) else None
     if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config):
         raise ConfigError(f"{path} is not a CLIP model config: expected embed_dim, vision_cfg and text_cfg.")
+    trunk = config["vision_cfg"].get("timm_model_name") if isinstance(config["vision_cfg"], dict) else None
+    if isinstance(trunk, str) and trunk.startswith(LOCAL_TRUNK):
+        folder = path.parent / trunk.removeprefix(LOCAL_TRUNK)  # an absolute folder stays what it is
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{path} names the image encoder '{trunk}', but there is no {folder / 'config.json'}.")
+        config = {
+            **config,
+            "vision_cfg": {**config["vision_cfg"], "timm_model_name": f"{LOCAL_TRUNK}{folder.resolve()}"},
+        }
     return config, preprocess
 
 
@@ -113,18 +190,84 @@ def read_architecture(config: dict[str, Any], name: str) -> Architecture:
         ConfigError: the config asks for something else than the two plain transformers (a ResNet, a timm or Hugging
             Face tower, attention pooling, layer scale, ...), or open_clip rejects it.
     """
+
+    if "timm_model_name" in config["vision_cfg"]:
+        raise _unsupported(name, "a timm image encoder")
+    return architecture_of(_on_meta(config, name), name)
+
+
+def read_convnext(config: dict[str, Any], name: str) -> ConvNeXtArchitecture:
+    """The architecture that an open_clip model config with a ConvNeXt of timm describes.
+
+    Raises:
+        ConfigError: another image encoder, or a text tower that is no plain transformer, or open_clip rejects it.
+    """
+    if "timm_model_name" not in config["vision_cfg"]:
+        raise _unsupported(name, "no image encoder of timm", _CONVNEXT)
+    return convnext_architecture_of(_on_meta(config, name), config["vision_cfg"], name)
+
+
+def _on_meta(config: dict[str, Any], name: str) -> open_clip.CLIP:
     import open_clip
 
     if config.get("custom_text") or "hf_model_name" in config["text_cfg"] or "multimodal_cfg" in config:
         raise _unsupported(name, "a text tower of its own kind")
-    if "timm_model_name" in config["vision_cfg"]:
-        raise _unsupported(name, "a timm image encoder")
     try:
         with torch.device("meta"):
-            model = open_clip.CLIP(**{key: value for key, value in config.items() if key != "custom_text"})
+            return open_clip.CLIP(**{key: value for key, value in config.items() if key != "custom_text"})
     except (TypeError, ValueError, AssertionError, KeyError, RuntimeError, ZeroDivisionError) as error:
         raise ConfigError(f"open_clip cannot build the CLIP model config '{name}': {error}.") from error
-    return architecture_of(model, name)
+
+
+def build_convnext(vision_cfg: dict[str, Any], embed_dim: int) -> Any:
+    """open_clip's timm adapter (``trunk`` and ``head``) for a ``vision_cfg``, with random weights."""
+    from open_clip.model import CLIPVisionCfg
+    from open_clip.timm_model import TimmModel
+
+    cfg = CLIPVisionCfg(**vision_cfg)
+    return TimmModel(
+        cfg.timm_model_name,
+        embed_dim,
+        image_size=cfg.image_size,
+        pool=cfg.timm_pool,
+        proj=cfg.timm_proj,
+        proj_bias=cfg.timm_proj_bias,
+        drop=cfg.timm_drop,
+        drop_path=cfg.timm_drop_path,
+        pretrained=False,  # the weights are CLIP's own
+    )
+
+
+def convnext_architecture_of(
+    model: open_clip.CLIP, vision_cfg: dict[str, Any], name: str = "the model"
+) -> ConvNeXtArchitecture:
+    """The architecture of an open_clip model whose image encoder was built from ``vision_cfg``.
+
+    Raises:
+        ConfigError: an image encoder that is no ConvNeXt at strides 4, 8, 16 and 32 with a linear or MLP head.
+    """
+    from open_clip.timm_model import TimmModel
+    from timm.models.convnext import ConvNeXt
+
+    visual: Any = model.visual
+    if not isinstance(visual, TimmModel) or not isinstance(visual.trunk, ConvNeXt):
+        kind = type(getattr(visual, "trunk", visual)).__name__
+        raise _unsupported(name, f"a {kind} image encoder", _CONVNEXT)
+    trunk: Any = visual.trunk
+    strides = [info["reduction"] for info in trunk.feature_info]
+    if strides != [4, 8, 16, 32]:
+        raise _unsupported(name, f"maps at strides {strides}", _CONVNEXT)
+    norm = getattr(trunk.head, "norm", None)
+    plain = isinstance(trunk.head.fc, nn.Identity) and not getattr(trunk.head, "hidden_size", None)
+    if not plain or not isinstance(norm, (nn.LayerNorm, type(None))) or not len(visual.head):
+        raise _unsupported(name, "a head of its own kind", _CONVNEXT)
+    return ConvNeXtArchitecture(
+        widths=tuple(int(info["num_chs"]) for info in trunk.feature_info),
+        vision_cfg=json.dumps(vision_cfg, sort_keys=True),
+        image_size=int(visual.image_size[0]),
+        embed_dim=[int(m.out_features) for m in visual.head.modules() if isinstance(m, nn.Linear)][-1],
+        **_text_half(model, name),
+    )
 
 
 def architecture_of(model: open_clip.CLIP, name: str = "the model") -> Architecture:
@@ -145,33 +288,40 @@ def architecture_of(model: open_clip.CLIP, name: str = "the model") -> Architect
         raise _unsupported(name, "attention pooling")
     if visual.pool_type not in ("tok", "avg"):
         raise _unsupported(name, f"the image pooling '{visual.pool_type}'")
-    if model.text_pool_type not in ("argmax", "eos", "first", "last"):
-        raise _unsupported(name, f"the text pooling '{model.text_pool_type}'")
     if visual.patch_size[0] != visual.patch_size[1]:
         raise _unsupported(name, "patches that are not square")
-    projection: Literal["matrix", "linear", "linear_bias", "none"] = "matrix"
+    return Architecture(
+        embed_dim=int(visual.output_dim),
+        vision=_tower(visual.transformer, name),
+        patch_size=int(visual.patch_size[0]),
+        grid=(int(visual.grid_size[0]), int(visual.grid_size[1])),
+        pool=visual.pool_type,
+        norm_after_pool=bool(visual.final_ln_after_pool),
+        pre_norm=not isinstance(visual.ln_pre, nn.Identity),
+        **_text_half(model, name),
+    )
+
+
+def _text_half(model: open_clip.CLIP, name: str) -> dict[str, Any]:
+    """The fields of :class:`TextArchitecture`, but for the joint width."""
+    if model.text_pool_type not in ("argmax", "eos", "first", "last"):
+        raise _unsupported(name, f"the text pooling '{model.text_pool_type}'")
+    projection = "matrix"
     if model.text_projection is None:
         projection = "none"
     elif isinstance(model.text_projection, nn.Linear):
         projection = "linear" if model.text_projection.bias is None else "linear_bias"
-    return Architecture(
-        embed_dim=int(visual.output_dim),
-        vision=_tower(visual.transformer, name),
-        text=_tower(model.transformer, name),
-        patch_size=int(visual.patch_size[0]),
-        grid=(int(visual.grid_size[0]), int(visual.grid_size[1])),
-        context_length=int(model.context_length),
-        vocab_size=int(model.vocab_size),
-        pool=visual.pool_type,
-        norm_after_pool=bool(visual.final_ln_after_pool),
-        pre_norm=not isinstance(visual.ln_pre, nn.Identity),
-        causal=model.attn_mask is not None,
-        text_pool=model.text_pool_type,
-        eos_id=int(model.text_eos_id),
-        text_projection=projection,
-        logit_scale_shape=tuple(model.logit_scale.shape),
-        logit_bias=model.logit_bias is not None,
-    )
+    return {
+        "text": _tower(model.transformer, name),
+        "context_length": int(model.context_length),
+        "vocab_size": int(model.vocab_size),
+        "causal": model.attn_mask is not None,
+        "text_pool": model.text_pool_type,
+        "eos_id": int(model.text_eos_id),
+        "text_projection": projection,
+        "logit_scale_shape": tuple(model.logit_scale.shape),
+        "logit_bias": model.logit_bias is not None,
+    }
 
 
 def _tower(transformer: Any, name: str) -> Tower:
@@ -199,5 +349,9 @@ def _tower(transformer: Any, name: str) -> Tower:
     )
 
 
-def _unsupported(name: str, what: str) -> ConfigError:
-    return ConfigError(f"The CLIP architecture '{name}' has {what}; expected a plain ViT such as ViT-B-16-quickgelu.")
+_VIT = "a plain ViT such as ViT-B-16-quickgelu"
+_CONVNEXT = "a ConvNeXt such as convnext_base_w_320"
+
+
+def _unsupported(name: str, what: str, expected: str = _VIT) -> ConfigError:
+    return ConfigError(f"The CLIP architecture '{name}' has {what}; expected {expected}.")

@@ -15,14 +15,23 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from infoclip.clip.architecture import Architecture, architecture_of, model_config, read_architecture
-from infoclip.clip.dense import OPENAI_MEAN, OPENAI_STD, DenseCLIP
+from infoclip.clip.architecture import (
+    Architecture,
+    TextArchitecture,
+    architecture_of,
+    model_config,
+    read_architecture,
+    read_convnext,
+)
+from infoclip.clip.convnext import ConvNeXtCLIP
+from infoclip.clip.dense import DenseCLIP
 from infoclip.clip.templates import resolve_templates
+from infoclip.clip.text import OPENAI_MEAN, OPENAI_STD
 from infoclip.clip.weights import StoredWeights, read_weights
 from infoclip.config import ClipConfig
 from infoclip.errors import CheckpointError, ConfigError
 
-__all__ = ["load_clip"]
+__all__ = ["load_clip", "load_convnext_clip"]
 
 _BUILTIN = "builtin:"
 
@@ -54,6 +63,36 @@ def load_clip(config: ClipConfig) -> DenseCLIP:
     return clip
 
 
+def load_convnext_clip(config: ClipConfig, **options: Any) -> ConvNeXtCLIP:
+    """Build the CLIP with a ConvNeXt that the settings name, with its weights and its tuning policy.
+
+    ``config.model`` and ``config.pretrained`` are as :func:`load_clip`'s. A model config (JSON) may describe any
+    ConvNeXt of timm: a name that timm knows as ``timm_model_name``, or ``local-dir:FOLDER`` beside a ``config.json`` of
+    timm (``{"architecture": "convnext_atto", "pretrained_cfg": {}, "model_args": {"depths": [...], "dims": [...]}}``);
+    the folder may be
+    relative to the model config.
+
+    Args:
+        options: ``drop_path`` and ``memory`` of :class:`~infoclip.clip.convnext.ConvNeXtCLIP`.
+
+    Raises:
+        ConfigError, CheckpointError: as :func:`load_clip`, and for a CLIP with another image encoder.
+    """
+    model, preprocess = model_config(config.model)
+    arch = read_convnext(model, config.model)
+    stored, more = _weights_of(config, model, arch, preprocess)
+    options |= {"templates": resolve_templates(config.templates), **more}
+    if stored is None:
+        clip = ConvNeXtCLIP(arch, **options)
+        clip.reset_parameters()
+    else:
+        with torch.device("meta"):
+            clip = ConvNeXtCLIP(arch, **options)
+        clip.load_stock_state_dict(stored.state, source=f"'{config.pretrained}' for {config.model}")
+    clip.parameter_policy(config.tune, config.tune_positions)
+    return clip
+
+
 def _load_builtin(config: ClipConfig, options: dict[str, Any]) -> DenseCLIP:
     for key, value in (("model", config.model), ("pretrained", config.pretrained)):
         if value.startswith(_BUILTIN) and value != "builtin:scenes":
@@ -77,6 +116,14 @@ def _load_builtin(config: ClipConfig, options: dict[str, Any]) -> DenseCLIP:
 def _load_open_clip(config: ClipConfig, options: dict[str, Any]) -> DenseCLIP:
     model, preprocess = model_config(config.model)
     arch = read_architecture(model, config.model)
+    stored, more = _weights_of(config, model, arch, preprocess)
+    return _build(arch, config, stored, options | more)
+
+
+def _weights_of(
+    config: ClipConfig, model: dict[str, Any], arch: TextArchitecture, preprocess: dict[str, Any]
+) -> tuple[StoredWeights | None, dict[str, Any]]:
+    """The weights that the settings name (None for random ones), and what goes with them: tokenizer, mean and std."""
     stored: StoredWeights | None = None
     if config.pretrained:
         tag = _tag_config(config.model, config.pretrained)
@@ -91,12 +138,11 @@ def _load_open_clip(config: ClipConfig, options: dict[str, Any]) -> DenseCLIP:
         stored = read_weights(path)
         if not tag and stored.quick_gelu is not None:
             _check_activation(stored.quick_gelu, arch, config)
-    options |= {
+    return stored, {
         "tokenizer": _tokenizer(config.model, model["text_cfg"], arch),
         "mean": preprocess.get("mean") or OPENAI_MEAN,
         "std": preprocess.get("std") or OPENAI_STD,
     }
-    return _build(arch, config, stored, options)
 
 
 def _build(arch: Architecture, config: ClipConfig, stored: StoredWeights | None, options: dict[str, Any]) -> DenseCLIP:
@@ -124,7 +170,7 @@ def _tag_config(model: str, name: str) -> dict[str, Any]:
     return {}
 
 
-def _check_activation(weights_quick: bool, arch: Architecture, config: ClipConfig) -> None:
+def _check_activation(weights_quick: bool, arch: TextArchitecture, config: ClipConfig) -> None:
     if weights_quick == arch.quick_gelu:
         return
     import open_clip
@@ -206,7 +252,7 @@ def _not_found(config: ClipConfig) -> str:
     )
 
 
-def _tokenizer(model: str, text: dict[str, Any], arch: Architecture) -> Callable[[list[str]], Tensor]:
+def _tokenizer(model: str, text: dict[str, Any], arch: TextArchitecture) -> Callable[[list[str]], Tensor]:
     """The tokenizer that belongs to a model config: words where a ``vocabulary.json`` lies beside the file."""
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 

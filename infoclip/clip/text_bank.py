@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infoclip.clip.dense import DenseCLIP
 from infoclip.clip.templates import resolve_templates
+from infoclip.clip.text import TextCLIP
 from infoclip.clip.weights import write_safetensors
 from infoclip.errors import InfoclipWarning
 
@@ -50,7 +50,7 @@ class TextBank:
     """
 
     def __init__(
-        self, clip: DenseCLIP, templates: Sequence[str] | str | None = None, cache_dir: Path | str | None = None
+        self, clip: TextCLIP, templates: Sequence[str] | str | None = None, cache_dir: Path | str | None = None
     ) -> None:
         self.clip = clip
         if isinstance(templates, str):

@@ -120,11 +120,12 @@ def build_optimizer(segmentor: nn.Module, objective: nn.Module | None, config: O
 
 
 def lr_factor(
-    step: int, steps: int, schedule: Literal["cosine", "constant"] = "cosine", warmup_steps: int = 0
+    step: int, steps: int, schedule: Literal["cosine", "poly", "constant"] = "cosine", warmup_steps: int = 0
 ) -> float:
     """Factor on every group's learning rate for the step with this 0-based number.
 
-    Cosine: ``(1 + cos(pi * step / steps)) / 2``, from 1 to 0 (0 from ``steps`` on). With warm-up, step ``k`` of the
+    Cosine: ``(1 + cos(pi * step / steps)) / 2``, from 1 to 0 (0 from ``steps`` on). Poly:
+    ``(1 - step / steps) ** 0.9`` (MAFT+). With warm-up, step ``k`` of the
     first ``warmup_steps`` has ``(k + 1) / (warmup_steps + 1)`` times that.
 
     Raises:
@@ -134,10 +135,12 @@ def lr_factor(
         raise ValueError(f"step {step} of {steps} with {warmup_steps} warm-up steps; expected 0 or more of 1 or more")
     if schedule == "cosine":
         factor = 0.5 * (1.0 + math.cos(math.pi * min(step, steps) / steps))
+    elif schedule == "poly":
+        factor = (1.0 - min(step, steps) / steps) ** 0.9
     elif schedule == "constant":
         factor = 1.0
     else:
-        raise ValueError(f"schedule is {schedule!r}; expected 'cosine' or 'constant'")
+        raise ValueError(f"schedule is {schedule!r}; expected 'cosine', 'poly' or 'constant'")
     return factor * min(1.0, (step + 1) / (warmup_steps + 1))
 
 

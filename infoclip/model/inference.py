@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from infoclip.config import EvalConfig
 from infoclip.model.aggregator import DROPPED_LOGIT
 
 if TYPE_CHECKING:
     from infoclip.clip import DenseCLIP
+    from infoclip.clip.text import TextCLIP
     from infoclip.model.segmentor import Segmentor
 
 __all__ = [
+    "evaluating",
     "normalize",
     "plain_scores",
     "predict_labels",
@@ -50,7 +52,7 @@ _Merge = Callable[[list[Tensor]], Tensor]
 
 def normalize(
     image: Tensor,  # [..., 3, H, W] in 0..255
-    clip: DenseCLIP,
+    clip: TextCLIP,
 ) -> Tensor:  # [..., 3, H, W] float32
     """Pixels in the units that the encoder was trained on: ``(x - 255 mean) / (255 std)``, RGB."""
     mean = torch.tensor([255.0 * m for m in clip.mean], device=image.device)[:, None, None]
@@ -264,7 +266,7 @@ def _plain_views(
     segmentor: Segmentor, image: Tensor, text: Tensor, output: tuple[int, int], padding: Literal["none", "published"]
 ) -> tuple[list[_View], _Merge, int]:
     height, width = image.shape[-2:]
-    with _evaluating(segmentor):
+    with evaluating(segmentor):
         logits = segmentor(preprocess(_on(image, segmentor)[None], segmentor.clip, padding), text).logits[0]
 
     def merge(rows: list[Tensor]) -> Tensor:
@@ -292,7 +294,7 @@ def _window_views(
     starts = window_starts(size, window, overlap)
     corners = [(y, x) for y in starts for x in starts]
     views: list[_View] = []
-    with _evaluating(segmentor):
+    with evaluating(segmentor):
         for i in range(0, len(corners), batch_size):
             chunk = corners[i : i + batch_size]
             cut = torch.cat([squashed[..., y : y + window, x : x + window] for y, x in chunk])
@@ -346,7 +348,7 @@ def _check_image(image: Tensor, batched: bool) -> None:
 
 
 @contextmanager
-def _evaluating(segmentor: Segmentor) -> Iterator[None]:
+def evaluating(segmentor: nn.Module) -> Iterator[None]:
     """Evaluation mode, and every module's own mode again afterwards."""
     training = [m for m in segmentor.modules() if m.training]
     segmentor.eval()

@@ -122,12 +122,15 @@ def build_segmentor(config: Config) -> Segmentor:
     """The segmentor that a config describes, with CLIP's weights loaded and its tuning policy set.
 
     Raises:
-        ConfigError: a CLIP or a template set that does not exist.
+        ConfigError: another system, a CLIP or a template set that does not exist.
         CheckpointError: CLIP weights that do not fit.
     """
     from infoclip.clip import load_clip
     from infoclip.clip.templates import resolve_templates
+    from infoclip.errors import ConfigError
 
+    if config.system != "catseg":
+        raise ConfigError(f"system is '{config.system}'; expected catseg for a model of cost aggregation.")
     clip = load_clip(config.clip)
     return Segmentor(clip, config.model, num_templates=len(resolve_templates(config.clip.templates)))
 

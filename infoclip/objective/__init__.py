@@ -13,6 +13,7 @@ from infoclip.objective.baselines import kl_distillation, pooled_distillation, r
 from infoclip.objective.infonce import InfoNCE, infonce
 from infoclip.objective.lpam import LPAM, cosine_map
 from infoclip.objective.mask_aware import mask_aware_loss, soft_iou
+from infoclip.objective.set_criterion import SetCriterion, hungarian_match, matching_cost, sample_points
 
 __all__ = [
     "LPAM",
@@ -20,17 +21,21 @@ __all__ = [
     "AlignmentOutput",
     "Embeddings",
     "InfoNCE",
+    "SetCriterion",
     "compression_loss",
     "cosine_map",
+    "hungarian_match",
     "infonce",
     "kl_distillation",
     "mask_aware_loss",
+    "matching_cost",
     "normalized_gram",
     "pooled_distillation",
     "renyi_entropy",
     "renyi_joint_entropy",
     "renyi_mutual_information",
     "representation_compensation",
+    "sample_points",
     "soft_iou",
     "strip_pool",
     "transfer_loss",
