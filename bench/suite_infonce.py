@@ -65,7 +65,7 @@ def traffic(sizes: Sizes, entry: int) -> tuple[float, float]:
 
 
 def bound(sizes: Sizes, device: str, dtype: str, packed: int) -> float:
-    """``kernels/infonce/README.md``: both gradients, and what the backward holds."""
+    """``kernels/infonce/README.md``: both gradients, what the backward holds, what malloc keeps of the forward."""
     b, n, d = sizes
     entry = 4 if dtype == "float32" else 2
     results = entry * 2 * b * n * d + 4 * 2 * b * n  # with the vectors that are saved
@@ -73,7 +73,7 @@ def bound(sizes: Sizes, device: str, dtype: str, packed: int) -> float:
         return results + 260 * 2 * b * n
     together = min(b, max(1, 4096 // n))  # images in work at once
     n, d = -(-n // 192) * 192, -(-d // 32) * 32
-    own = together * (2 * packed * 2 * n * d + 4 * 2 * n * d + 4 * 4 * 2 * n)
+    own = together * (3 * packed * 2 * n * d + 4 * 2 * n * d + 4 * 4 * 2 * n)
     return results + own + 2 * 288 * 1024 + ALLOCATOR
 
 
