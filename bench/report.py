@@ -29,7 +29,7 @@ Row = Mapping[str, Any]
 HEAD = """## One table
 
 Forward and backward at the published size (errors: one image of it; Triton's in its interpreter, at a small size).
-Bytes are beyond the inputs, in float32."""
+Bytes are beyond the inputs, in float32. An empty cell is not measured yet."""
 REST = """## Every figure
 
 Times are the 20, 50 and 80 % quantiles; `x reference` and `x fp32` are ratios of medians (above 1: faster). The floor
@@ -143,7 +143,7 @@ def summary(found: Results) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     published = [r for r in found.rows if r["published"] and r["part"] == "both"]
-    ops = dict.fromkeys([*(r["op"] for r in found.errors), *(r["op"] for r in published)])
+    ops = dict.fromkeys(r["op"] for r in (*found.errors, *published, *found.aot))
     for op in ops:
         for backend, device in (("reference", "cpu"), ("native", "cpu"), ("native", "cuda"), ("triton", "cuda")):
             room = next((r for r in harness.all_suites() if op.startswith(r)), op)
