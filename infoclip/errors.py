@@ -17,9 +17,17 @@ class InfoclipWarning(UserWarning):
 
 
 class InfoclipError(Exception):
-    """Base class: a message of one sentence that names what was expected and what to do."""
+    """Base class: a message of one sentence that names what was expected and what to do.
+
+    It is one line, whatever names it quotes: line breaks and other control characters in them are shown as escapes.
+    """
 
     exit_code: int = 2
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(
+            "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in message)
+        )
 
 
 class ConfigError(InfoclipError, ValueError):

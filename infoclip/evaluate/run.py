@@ -301,7 +301,9 @@ def evaluate_model(
     whole = time.perf_counter()
     try:
         with torch.no_grad():
-            for index, sample, waited in tracked(_samples(dataset, mine), description, progress, total=len(mine)):
+            for index, sample, waited in tracked(
+                _samples(dataset, mine), description, progress and bool(mine), total=len(mine)
+            ):
                 start = time.perf_counter()
                 labels = predictor(sample["image"].as_subclass(Tensor))
                 labels = labels.cpu()  # waits for the GPU, so that the next figure is of counting alone

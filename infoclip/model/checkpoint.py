@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,12 +89,20 @@ def load_model(path: str | Path) -> LoadedModel:
     extra = _read_json(directory / EXTRA, dict) if (directory / EXTRA).exists() else {}
     clip = _with_copies(config.clip, directory)
     config = dataclasses.replace(config, clip=clip)
+    bare = dataclasses.replace(config, clip=dataclasses.replace(clip, pretrained=""))
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nothing is copied, which is the point
+            # Without storage first: a config that lies asks for any amount of memory.
+            with torch.device("meta"):
+                build_segmentor(bare).load_catseg_state_dict(state)
         with torch.random.fork_rng(devices=[]):  # random weights are drawn only to be replaced
-            segmentor = build_segmentor(dataclasses.replace(config, clip=dataclasses.replace(clip, pretrained="")))
+            segmentor = build_segmentor(bare)
         segmentor.load_catseg_state_dict(state)
-    except ConfigError as error:
-        raise CheckpointError(f"{directory / CONFIG} describes a model that cannot be built: {error}") from error
+    except (ConfigError, ArithmeticError, AssertionError, AttributeError, IndexError, MemoryError, RuntimeError,
+            TypeError) as error:  # fmt: skip
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise CheckpointError(f"{directory / CONFIG} describes a model that cannot be built: {reason[0]}") from error
     except ValueError as error:
         raise CheckpointError(
             f"{directory / WEIGHTS} does not fit {directory / CONFIG}: {error}; use the config and the weights of one"
