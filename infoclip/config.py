@@ -197,6 +197,9 @@ class DataConfig:
     resize_max: int = 1333
     crop: int = 384
     """Side of the random crop; 0 for none."""
+    crop_max_share: float = 1.0
+    """Below 1: crops hold two classes or more, none with this share of the labelled pixels (ten tries); 1 (published):
+    any crop."""
     flip: bool = True
     color_jitter: bool = True
     """SSD photometric distortion."""
@@ -356,6 +359,9 @@ class Config:
         _require(self.train.keep_checkpoints >= 1, "train.keep_checkpoints", self.train.keep_checkpoints, "at least 1")
         _require(self.train.log_every >= 1, "train.log_every", self.train.log_every, "at least 1")
         _require(self.data.batch_size >= 1, "data.batch_size", self.data.batch_size, "at least 1")
+        _require(
+            0 < self.data.crop_max_share <= 1, "data.crop_max_share", self.data.crop_max_share, "above 0, at most 1"
+        )
         _require(self.data.workers >= 0, "data.workers", self.data.workers, "0 or more")
         _require(self.optim.lr > 0, "optim.lr", self.optim.lr, "greater than 0")
         _require(0 <= self.eval.overlap < 1, "eval.overlap", self.eval.overlap, "at least 0 and below 1")

@@ -313,6 +313,31 @@ def test_padding_is_right_and_below_with_grey_and_no_label() -> None:
     assert (labels[:, 30:] == 255).all()
 
 
+def test_the_single_category_rule_of_crops() -> None:
+    """A picture whose left half is one class: crops hold both classes, unless ten tries found none."""
+    mask = torch.zeros(40, 200, dtype=torch.int64)
+    mask[:, 100:] = 1
+    mask[:, ::7] = 255  # without a label: counts for nothing
+    sample = {"image": tv_tensors.Image(torch.zeros(3, 40, 200, dtype=torch.uint8)), "mask": tv_tensors.Mask(mask)}
+
+    def shares(max_share: float) -> list[float]:
+        found = []
+        for seed in range(60):
+            cut = seeded(RandomCropUpTo(40, max_share), seed, sample)["mask"].as_subclass(torch.Tensor)
+            counts = cut[cut != 255].unique(return_counts=True)[1]
+            found.append(float(counts.max() / counts.sum()))
+        return found
+
+    plain, ruled = shares(1.0), shares(0.75)
+    assert sum(s == 1.0 for s in plain) > 30
+    assert sum(s < 0.75 for s in plain) < 15  # a window of 40 fits so at 20 of 161 places
+    assert sum(s < 0.75 for s in ruled) > 35  # 1 - (1 - 20 / 161) ** 10 = 0.73 of 60, less four deviations
+    assert shares(0.75) == ruled
+    again = seeded(training_transform(DataConfig(resize=0, crop=40, crop_max_share=1.0)), 3, sample)
+    first = seeded(training_transform(DataConfig(resize=0, crop=40)), 3, sample)
+    assert torch.equal(again["mask"].as_subclass(torch.Tensor), first["mask"].as_subclass(torch.Tensor))
+
+
 def test_crop_keeps_a_side_that_is_smaller() -> None:
     image, mask = positions(20, 90)
     window, labels = RandomCropUpTo(40)(image, mask)

@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_damaged_and_lying_inputs_of_every_kind() -> None:
     """A few hundred inputs; ``make fuzz`` runs thousands."""
-    outcomes = fuzz(300, seconds=90.0)
+    outcomes = fuzz(300, seconds=240.0)
     assert [fault for o in outcomes for fault in o.faults] == []
     assert [o.kind for o in outcomes] == [k.name for k in KINDS]
     assert sum(o.used + o.refused for o in outcomes) >= 250
@@ -65,7 +65,8 @@ def test_the_fuzz_run_notices_what_it_looks_for(monkeypatch: pytest.MonkeyPatch,
         if len(calls) == 1:
             raise KeyError("a bug")
         if len(calls) == 2:
-            time.sleep(60)
+            while True:
+                calls[0] += 1
         if len(calls) == 3:
             error = InfoclipError("x")
             error.args = ("two\nlines",)
@@ -76,12 +77,12 @@ def test_the_fuzz_run_notices_what_it_looks_for(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(module, "SECONDS", 1)
     monkeypatch.setattr(module, "KINDS", [module.Kind("planted", 1, ".bin", lambda _: [b"x"], use)])
     monkeypatch.setenv("INFOCLIP_CACHE", str(tmp_path))  # put back afterwards
-    before, handler = Path.cwd(), signal.getsignal(signal.SIGALRM)
+    before, handler = Path.cwd(), signal.getsignal(signal.SIGPROF)
     try:
         faults = module.run_kind("planted", 4, 0, time.monotonic() + 60).faults
     finally:
         os.chdir(before)
-        signal.signal(signal.SIGALRM, handler)
+        signal.signal(signal.SIGPROF, handler)
     for part, fault in zip(("KeyError", "TimeoutError", "not one line", "wrote"), faults, strict=True):
         assert part in fault
 

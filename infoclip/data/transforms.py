@@ -52,17 +52,33 @@ class ResizeShortestEdge(v2.Transform):
 
 
 class RandomCropUpTo(v2.Transform):
-    """A random window of at most ``size`` x ``size`` pixels; smaller sides are kept whole."""
+    """A random window of at most ``size`` x ``size`` pixels; smaller sides are kept whole.
 
-    def __init__(self, size: int) -> None:
+    Args:
+        max_share: below 1, the single-category rule of detectron2's ``RandomCrop_CategoryAreaConstraint``: a window
+            holds at least two classes, none with this share of its labelled pixels or more; of ten tries the last one
+            is taken if none fits. 1 (published) takes the first.
+        ignore_index: mask value without a label.
+    """
+
+    def __init__(self, size: int, max_share: float = 1.0, ignore_index: int = 255) -> None:
         super().__init__()
-        self.size = size
+        self.size, self.max_share, self.ignore_index = size, max_share, ignore_index
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = tvf.get_size(flat_inputs[0])
         h, w = min(height, self.size), min(width, self.size)
-        top = int(torch.randint(height - h + 1, ()))
-        left = int(torch.randint(width - w + 1, ()))
+        mask = next((x for x in flat_inputs if isinstance(x, tv_tensors.Mask)), None)
+        tries = 1 if mask is None or self.max_share >= 1 else 10
+        top = left = 0
+        for _ in range(tries):
+            top = int(torch.randint(height - h + 1, ()))
+            left = int(torch.randint(width - w + 1, ()))
+            if mask is not None and tries > 1:
+                labels = mask.as_subclass(Tensor)[..., top : top + h, left : left + w]
+                counts = labels[labels != self.ignore_index].unique(return_counts=True)[1]
+                if len(counts) > 1 and int(counts.max()) < self.max_share * int(counts.sum()):
+                    break
         return {"top": top, "left": left, "height": h, "width": w}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
@@ -127,7 +143,7 @@ def training_transform(config: DataConfig) -> v2.Transform:
     if config.resize:
         steps.append(ResizeShortestEdge(config.resize, config.resize_max))
     if config.crop:
-        steps.append(RandomCropUpTo(config.crop))
+        steps.append(RandomCropUpTo(config.crop, config.crop_max_share, config.ignore_index))
     if config.color_jitter:
         steps.append(SSDColor())
     if config.flip:

@@ -55,7 +55,9 @@ def evaluation_page(
     page.heading("Class by class")
     page.markup(_class_table(result))
     page.heading("Where the worst classes went")
-    page.paragraph("What the pixels of the classes with the lowest IoU were taken for; green is what was right.")
+    page.paragraph(
+        "What the pixels of the classes with the lowest IoU were taken for; the first part is what was right."
+    )
     page.markup(_worst(result))
     page.heading("The largest confusions")
     names = [row.name for row in result.per_class]
