@@ -163,7 +163,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 def test_ten_thousand_names_in_bounded_memory(model: Path, tmp_path: Path) -> None:
     """Their scores at the size of the picture alone would take 4.1 GB, the confusion matrix 0.8 GB."""
-    names = [f"thing {i}" for i in range(9_998)] + ["<script>alert(1)</script>", "zwölf\n🌲"]
+    names = [f"thing {i}" for i in range(9_998)] + ["<script>x", "zwölf\n🌲"]
     size = (320, 320)
     picture(tmp_path / "images/a.png", size)
     (tmp_path / "masks").mkdir()
@@ -178,7 +178,7 @@ def test_ten_thousand_names_in_bounded_memory(model: Path, tmp_path: Path) -> No
     assert len(result["per_class"]) == 10_000
     text = (tmp_path / "report/evaluation.html").read_text(encoding="utf-8")
     assert "<script" not in text
-    assert "&lt;script&gt;" in text
+    assert "&lt;script&gt;x" in text
     assert len(text) < 20e6
     info = json.loads((tmp_path / "out/a.json").read_text(encoding="utf-8"))
     assert info["classes"] == names
