@@ -10,19 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 from fuzz import KINDS, fuzz
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from small_models import small_config
 from small_trees import write_tree
 from typer.testing import CliRunner
 
 from infoclip import cli
 from infoclip.data.benchmarks import find_forms
-from infoclip.data.files import read_image, read_mask
+from infoclip.data.files import is_file, read_image, read_label_map_mat, read_mask
 from infoclip.data.folders import FolderDataset
-from infoclip.errors import DataError, StorageError
-from infoclip.model.checkpoint import save_model
+from infoclip.errors import CheckpointError, DataError, StorageError
+from infoclip.model.checkpoint import load_model, save_model
 from infoclip.model.segmentor import build_segmentor
 
 
@@ -192,3 +194,22 @@ def test_a_report_of_predictions_shows_names_as_text(model: Path, tmp_path: Path
     done = CliRunner().invoke(cli.app, [*arguments, "--device", "cpu"])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "out/<img src=x>.overlay.png").exists()
+
+
+def test_what_the_long_fuzz_run_found(model: Path, tmp_path: Path) -> None:
+    """Five of its 5,600 inputs ended in a traceback: three causes."""
+    weights = model / "model.safetensors"
+    content = weights.read_bytes()
+    for mean in ("[0.5, 0.5", "[0.5, 0.5]", '"abc"', "null"):
+        metadata = {"infoclip": "infoclip-segmentor", "mean": mean, "std": "[1, 1, 1]"}
+        save_file(load_file(weights), weights, metadata=metadata)
+        with pytest.raises(CheckpointError, match="no list of three numbers"):
+            load_model(model)
+    weights.write_bytes(content)
+    assert not is_file(tmp_path / ("x" * 300 + ".jpg"))
+    scipy.io.savemat(tmp_path / "a.mat", {"LabelMap": np.ones((2, 2), np.uint8)})
+    raw = bytearray((tmp_path / "a.mat").read_bytes())
+    raw[128 + 16] = 77  # the class of the array: none that MATLAB has
+    (tmp_path / "a.mat").write_bytes(raw)
+    with pytest.raises(DataError, match="damaged"):
+        read_label_map_mat(tmp_path / "a.mat")

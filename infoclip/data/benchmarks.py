@@ -42,7 +42,7 @@ from PIL import Image
 from torch import Tensor
 
 from infoclip.data.classes import load_classes, load_label_map
-from infoclip.data.files import MAX_PIXELS, below, decode_rle, read_ade_objects, read_label_map_mat, read_mask
+from infoclip.data.files import MAX_PIXELS, below, decode_rle, is_file, read_ade_objects, read_label_map_mat, read_mask
 from infoclip.data.folders import PairDataset
 from infoclip.errors import ConfigError, DataError, InfoclipWarning, StorageError
 from infoclip.progress import tracked
@@ -313,7 +313,7 @@ def _find_ade_full(benchmark: Benchmark, base: Path, form: Form) -> None:
         return
     images = _by_stem(form.images, nested=True)
     masks = {stem: path.with_name(f"{stem}_seg.png") for stem, path in images.items()}
-    _pair(form, images, {stem: path for stem, path in masks.items() if path.exists()}, sorted(images))
+    _pair(form, images, {stem: path for stem, path in masks.items() if is_file(path)}, sorted(images))
     if not images:
         form.missing.append(f"images in {form.images}")
 
@@ -336,7 +336,7 @@ def _find_listed(benchmark: Benchmark, base: Path, form: Form) -> None:
         names = shipped.read_text(encoding="utf-8").split()
     images = {name: below(form.images, f"{name}.jpg", own) for name in names}
     masks = {name: below(form.masks, f"{name}{suffix}", own) for name in names}
-    there = [{k: v for k, v in found.items() if v.is_file()} for found in (images, masks)]
+    there = [{k: v for k, v in found.items() if is_file(v)} for found in (images, masks)]
     _pair(form, there[0], there[1], names)
 
 
@@ -354,7 +354,7 @@ def _find_context_json(benchmark: Benchmark, base: Path, form: Form) -> None:
     else:
         names = [Path(str(image["file_name"])).stem for image in _context_images(_read_context(form.masks), form.masks)]
     images = {name: below(form.images, f"{name}.jpg", form.masks) for name in names}
-    there = {name: path for name, path in images.items() if path.is_file()}
+    there = {name: path for name, path in images.items() if is_file(path)}
     _pair(form, there, {name: form.masks for name in names}, names)
 
 

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from infoclip.errors import DataError
 
-__all__ = ["IMAGE_SUFFIXES", "MASK_SUFFIXES", "MAX_PIXELS", "below", "decode_rle", "is_rotated", "read_ade_objects",
-           "read_image", "read_label_map_mat", "read_mask", "read_segment_ids"]  # fmt: skip
+__all__ = ["IMAGE_SUFFIXES", "MASK_SUFFIXES", "MAX_PIXELS", "below", "decode_rle", "is_file", "is_rotated",
+           "read_ade_objects", "read_image", "read_label_map_mat", "read_mask", "read_segment_ids"]  # fmt: skip
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
@@ -104,6 +104,14 @@ def read_ade_objects(path: str | Path) -> Tensor:
             return torch.from_numpy(array[..., 0] // 10 * 256 + array[..., 1])
 
 
+def is_file(path: Path) -> bool:
+    """Whether a file is there; a name from a list that no file can have (too long) is none, not an error."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def read_label_map_mat(path: str | Path) -> Tensor:
     """The ``LabelMap`` of a MATLAB file of Pascal Context (``trainval/*.mat``), int64 [H, W].
 
@@ -118,7 +126,7 @@ def read_label_map_mat(path: str | Path) -> Tensor:
             array = scipy.io.loadmat(io.BytesIO(content), variable_names=["LabelMap"]).get("LabelMap")
     except FileNotFoundError as error:
         raise DataError(f"There is no mask {path}; check the path.") from error
-    except (*_FAULTS, scipy.io.matlab.MatReadError) as error:
+    except (*_FAULTS, scipy.io.matlab.MatReadError, UnboundLocalError) as error:  # the last: an unknown class of array
         raise DataError(f"The mask {path} is damaged ({_reason(error)}); copy it again or remove it.") from error
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "uif" or not array.size:
         raise DataError(f"The mask {path} holds no LabelMap of numbers; expected a MATLAB file of Pascal Context.")

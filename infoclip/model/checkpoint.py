@@ -109,8 +109,9 @@ def load_model(path: str | Path) -> LoadedModel:
             " and the same run."
         ) from error
     if "mean" in metadata and "std" in metadata:  # they go with CLIP's own weights, which are not read here
-        segmentor.clip.mean = tuple(json.loads(metadata["mean"]))
-        segmentor.clip.std = tuple(json.loads(metadata["std"]))
+        segmentor.clip.mean, segmentor.clip.std = (
+            _three(metadata[key], directory / WEIGHTS) for key in ("mean", "std")
+        )
     segmentor.eval()
     return LoadedModel(segmentor, config, classes, extra)
 
@@ -186,6 +187,17 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if metadata.get("infoclip") not in (FORMAT, None):
         raise CheckpointError(f"{path} holds '{metadata['infoclip']}' weights; expected a segmentor ('{FORMAT}').")
     return state, metadata
+
+
+def _three(text: str, path: Path) -> tuple[float, float, float]:
+    """A mean or standard deviation of red, green and blue from the weights' metadata."""
+    try:
+        red, green, blue = (float(x) for x in json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: its mean or std is no list of three numbers; copy it again."
+        ) from error
+    return red, green, blue
 
 
 def _read_classes(path: Path) -> list[str]:
