@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from infoclip.config import Config, ModelConfig
 from infoclip.model.aggregator import Aggregator
 from infoclip.model.attention import SwinBlock
+from infoclip.model.state import check_same_entries
 
 if TYPE_CHECKING:
     from infoclip.clip import DenseCLIP
@@ -96,23 +97,11 @@ class Segmentor(nn.Module):
         Raises:
             ValueError: entries that are missing, unknown or of another shape; the message names the first of each.
         """
-        own = self.state_dict_catseg()
-        derived = {k for k in [*own, *state] if k.endswith(".attn_mask")}
-        missing = sorted(own.keys() - state.keys() - derived)
-        unknown = sorted(state.keys() - own.keys() - derived)
-        shapes = [k for k in own if k in state and k not in derived and own[k].shape != state[k].shape]
-        if missing or unknown or shapes:
-            faults = []
-            if missing:
-                faults.append(f"{len(missing)} entries are missing ({missing[0]}, ...)")
-            if unknown:
-                faults.append(f"{len(unknown)} are unknown ({unknown[0]}, ...)")
-            if shapes:
-                key = shapes[0]
-                faults.append(f"{key} has shape {list(state[key].shape)} where {list(own[key].shape)} is expected")
-            raise ValueError("the weights are of another architecture: " + "; ".join(faults))
+        own = {k: v for k, v in self.state_dict_catseg().items() if not k.endswith(".attn_mask")}
+        state = {k: v for k, v in state.items() if not k.endswith(".attn_mask")}
+        check_same_entries(own, state)
         back = {theirs: ours for ours, theirs in CATSEG_PREFIXES.items()}
-        self.load_state_dict({_rename(k, back): v for k, v in state.items() if k not in derived}, strict=False)
+        self.load_state_dict({_rename(k, back): v for k, v in state.items()}, strict=False)
         for module in self.modules():
             if isinstance(module, SwinBlock):
                 module.reset_mask()

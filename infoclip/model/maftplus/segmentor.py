@@ -16,6 +16,7 @@ from infoclip.model.maftplus.classifier import class_logits, mask_pooling
 from infoclip.model.maftplus.mask_decoder import MaskDecoder, Proposals
 from infoclip.model.maftplus.pixel_decoder import PixelDecoder
 from infoclip.model.maftplus.transfer import ContentDependentTransfer
+from infoclip.model.state import check_same_entries
 from infoclip.objective.numerics import unit
 
 if TYPE_CHECKING:
@@ -179,19 +180,7 @@ class MaskSegmentor(nn.Module):
         Raises:
             ValueError: entries that are missing, unknown or of another shape; the message names the first of each.
         """
-        own = self.published_state_dict()
-        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
-        faults = []
-        if missing:
-            faults.append(f"{len(missing)} entries are missing ({missing[0]}, ...)")
-        if unknown:
-            faults.append(f"{len(unknown)} are unknown ({unknown[0]}, ...)")
-        if shapes:
-            key = shapes[0]
-            faults.append(f"{key} has shape {list(state[key].shape)} where {list(own[key].shape)} is expected")
-        if faults:
-            raise ValueError("the weights are of another architecture: " + "; ".join(faults))
+        check_same_entries(self.published_state_dict(), state)
         prefix = PUBLISHED_PREFIXES["clip."]
         self.clip.load_stock_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
         rest = {k: state[_published(k)] for k in self.state_dict() if not k.startswith("clip.")}
