@@ -112,7 +112,7 @@ def test_schedule() -> None:
     for bad in ({"step": -1, "steps": 1}, {"step": 0, "steps": 0}, {"step": 0, "steps": 1, "warmup_steps": -1}):
         with pytest.raises(ValueError, match="expected 0 or more"):
             lr_factor(**bad)
-    with pytest.raises(ValueError, match="expected 'cosine' or 'constant'"):
+    with pytest.raises(ValueError, match="expected 'cosine', 'poly' or 'constant'"):
         lr_factor(0, 1, "linear")  # type: ignore[arg-type]
 
 
