@@ -23,7 +23,7 @@ import platform
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -514,11 +514,7 @@ def _train(config: PretrainConfig, record: Callable[..., None], progress: bool) 
     with progress_bar(config.steps, progress) as advance, math_attention():
         for step in range(config.steps):
             batch = TrainingBatch(config, step, tokenizer)
-            rate = schedule(step, config)
-            for optimiser in optimisers:
-                for group in optimiser.param_groups:
-                    group["lr"] = group["base_lr"] * rate
-                optimiser.zero_grad(set_to_none=True)
+            rate = start_step(optimisers, step, config)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 pooled, patches = encode_pictures(clip, batch.images, batch.window, mode)
                 texts = clip.encode_text(batch.tokens)
@@ -592,6 +588,16 @@ def schedule(step: int, config: PretrainCourse) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, config.steps - warm)))
 
 
+def start_step(optimisers: Sequence[torch.optim.Optimizer], step: int, config: PretrainCourse) -> float:
+    """Clear the gradients and set the step's rates; returns their share of the full ones."""
+    rate = schedule(step, config)
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = group["base_lr"] * rate
+        optimiser.zero_grad(set_to_none=True)
+    return rate
+
+
 @contextmanager
 def math_attention() -> Iterator[None]:
     """Attention in its plain form: for a hundred tokens its backward is 1.7 times as fast as the tiled one here."""
@@ -632,16 +638,21 @@ def round_to_half(clip: nn.Module) -> None:
         parameter.copy_(parameter.half())
 
 
-def _save(clip: DenseCLIP, config: PretrainConfig, metrics: dict[str, float], seconds: float, folder: Path) -> None:
+def write_clip(folder: Path, state: Mapping[str, Tensor], model_config: dict[str, Any]) -> None:
+    """Weights in half precision, open_clip's model config, vocabulary."""
     from safetensors.torch import save_file
 
-    state = {key: value.half().contiguous() for key, value in clip.stock_state_dict().items()}
+    half = {key: value.half().contiguous() for key, value in state.items()}
     weights = folder / "model.safetensors"
     # One entry: safetensors writes several in random order, and the same training is to give the same bytes.
-    save_file(state, weights, metadata={"quick_gelu": "false"})
+    save_file(half, weights, metadata={"quick_gelu": "false"})
     weights.chmod(0o644)  # safetensors writes for the owner alone; a package is for everybody
-    write_json(folder / "config.json", scenes_model_config())
+    write_json(folder / "config.json", model_config)
     write_json(folder / "vocabulary.json", scenes_vocabulary())
+
+
+def _save(clip: DenseCLIP, config: PretrainConfig, metrics: dict[str, float], seconds: float, folder: Path) -> None:
+    write_clip(folder, clip.stock_state_dict(), scenes_model_config())
     note = (
         "Trained on generated pictures and their captions alone. The patches were trained with the last block "
         "in its value path, so that clip.dense=value reads what was trained."

@@ -45,9 +45,9 @@ from infoclip.pretrain import (
     progress_bar,
     round_to_half,
     scenes_model_config,
-    scenes_vocabulary,
-    schedule,
+    start_step,
     whitening_filters,
+    write_clip,
     write_json,
     write_pretrained,
     write_provenance,
@@ -259,11 +259,7 @@ def _train(
     with progress_bar(config.steps, progress) as advance, math_attention():
         for step in range(config.steps):
             batch = TrainingBatch(config, step, tokenizer)
-            rate = schedule(step, config)
-            for optimiser in optimisers:
-                for group in optimiser.param_groups:
-                    group["lr"] = group["base_lr"] * rate
-                optimiser.zero_grad(set_to_none=True)
+            rate = start_step(optimisers, step, config)
             draw = torch.randint(
                 len(bank), (bank.shape[1],), generator=torch.Generator().manual_seed(data_seed(config.seed, step))
             )
@@ -344,16 +340,9 @@ def _optimisers(visual: nn.Module, config: ConvNeXtPretrainConfig) -> list[torch
 def _save(
     clip: open_clip.CLIP, config: ConvNeXtPretrainConfig, metrics: dict[str, float], seconds: float, folder: Path
 ) -> None:
-    from safetensors.torch import save_file
-
-    state = {key: value.half().contiguous() for key, value in clip.state_dict().items()}
-    weights = folder / "model.safetensors"
-    save_file(state, weights, metadata={"quick_gelu": "false"})  # one entry: several are written in random order
-    weights.chmod(0o644)  # safetensors writes for the owner alone; a package is for everybody
+    write_clip(folder, clip.state_dict(), convnext_model_config())
     (folder / "trunk").mkdir()
     write_json(folder / "trunk" / "config.json", TRUNK)
-    write_json(folder / "config.json", convnext_model_config())
-    write_json(folder / "vocabulary.json", scenes_vocabulary())
     note = (
         "The text tower is that of the scenes' ViT CLIP; the ConvNeXt was trained to say of each patch what that CLIP "
         "says among the things that the caption names. Generated pictures and captions alone, no masks."

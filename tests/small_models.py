@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from infoclip.clip import Architecture, DenseCLIP, Tower, load_convnext_clip
 from infoclip.config import AlignConfig, ClipConfig, Config, EvalConfig, MaskConfig, ModelConfig
+from infoclip.model.checkpoint import save_model
 from infoclip.model.maftplus import MaskSegmentor
-from infoclip.model.segmentor import Segmentor
+from infoclip.model.segmentor import Segmentor, build_segmentor
 
 __all__ = [
     "randomize",
@@ -133,3 +135,10 @@ def small_mask_segmentor(transfer: bool = True, **changes: object) -> MaskSegmen
         )
     randomize(segmentor)
     return segmentor
+
+
+def save_small_model(folder: Path, classes: Sequence[str]) -> Path:
+    """A model folder ``folder/model`` of :func:`small_config`, the same weights every time."""
+    config = small_config(folder)
+    torch.manual_seed(0)
+    return save_model(build_segmentor(config), config, classes, folder / "model")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_models import small_config
+from small_models import save_small_model
 from small_trees import write_tree
 from typer.testing import CliRunner
 
@@ -27,8 +27,6 @@ from infoclip.errors import ConfigError, DataError, InfoclipError, InfoclipWarni
 from infoclip.evaluate.metrics import Confusion, PairCounts, SegmentationMetrics
 from infoclip.evaluate.run import SIX, evaluate_benchmarks, evaluate_folder
 from infoclip.evaluate.workers import Workers, run_in_processes
-from infoclip.model.checkpoint import save_model
-from infoclip.model.segmentor import build_segmentor
 
 pytestmark = pytest.mark.filterwarnings("ignore::infoclip.errors.InfoclipWarning")
 
@@ -38,10 +36,7 @@ IMAGES = 9
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("model")
-    config = small_config(root)
-    torch.manual_seed(0)
-    return save_model(build_segmentor(config), config, ["cat", "sky-other", "aeroplane"], root / "model")
+    return save_small_model(tmp_path_factory.mktemp("model"), ["cat", "sky-other", "aeroplane"])
 
 
 @pytest.fixture(scope="module")

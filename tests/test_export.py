@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_models import small_config
+from small_models import save_small_model
 from typer.testing import CliRunner
 
 import infoclip.export
@@ -16,9 +16,7 @@ from infoclip import load
 from infoclip.cli import app
 from infoclip.errors import CheckpointError, ConfigError, DataError
 from infoclip.export import TOLERANCE, export
-from infoclip.model.checkpoint import save_model
 from infoclip.model.inference import preprocess
-from infoclip.model.segmentor import build_segmentor
 
 CLASSES = ["red circle", "ciel bleu, ciel", "<b>grass</b>"]
 # more than pad_len of small_config (8): the cut to the most similar classes is in the graph
@@ -27,10 +25,7 @@ MANY = [f"thing {i}" for i in range(11)]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("model")
-    config = small_config(root)
-    torch.manual_seed(0)
-    return save_model(build_segmentor(config), config, CLASSES, root / "model")
+    return save_small_model(tmp_path_factory.mktemp("model"), CLASSES)
 
 
 @pytest.mark.parametrize("names", [CLASSES, MANY], ids=["few", "cut"])

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from training_data import tiny_config, write_folders
+from training_data import INFOCLIP, tiny_config, weights, write_folders
 
 from infoclip.budget import format_bytes, parse_budget
 from infoclip.config import AlignConfig, Config, apply_overrides
@@ -25,16 +24,11 @@ from infoclip.model.memory import class_chunk
 from infoclip.model.segmentor import build_segmentor
 
 CPU = torch.device("cpu")
-INFOCLIP = AlignConfig(method="infoclip", samples="pixel", center=True)
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return write_folders(tmp_path / "data")
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "model" / "model.safetensors")
 
 
 # Amounts

@@ -5,17 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from small_models import small_config
+from small_models import save_small_model
 from typer.testing import CliRunner
 
 from infoclip.cli import app
 from infoclip.errors import CheckpointError, DataError, StorageError
-from infoclip.model.checkpoint import save_model
-from infoclip.model.segmentor import build_segmentor
 from infoclip.predict import output_names, predict
 
 CLASSES = ["red circle", "blue sky", "grass"]
@@ -23,10 +20,7 @@ CLASSES = ["red circle", "blue sky", "grass"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("model")
-    config = small_config(root)
-    torch.manual_seed(0)
-    return save_model(build_segmentor(config), config, CLASSES, root / "model")
+    return save_small_model(tmp_path_factory.mktemp("model"), CLASSES)
 
 
 def write_picture(path: Path, size: tuple[int, int] = (40, 30)) -> Path:

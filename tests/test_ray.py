@@ -13,15 +13,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-import torch
 from PIL import Image
-from small_models import small_config
+from small_models import save_small_model
 from typer.testing import CliRunner
 
 from infoclip.cli import app
 from infoclip.errors import ConfigError
-from infoclip.model.checkpoint import save_model
-from infoclip.model.segmentor import build_segmentor
 from infoclip.predict import predict
 
 CLASSES = ["red circle", "blue sky"]
@@ -29,9 +26,7 @@ CLASSES = ["red circle", "blue sky"]
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    config = small_config(tmp_path)
-    torch.manual_seed(0)
-    return save_model(build_segmentor(config), config, CLASSES, tmp_path / "model")
+    return save_small_model(tmp_path, CLASSES)
 
 
 def write_pictures(folder: Path, count: int) -> None:

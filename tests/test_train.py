@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from training_data import CLASSES, tiny_config, write_folders
+from training_data import CLASSES, INFOCLIP, tiny_config, weights, write_folders
 
 from infoclip.config import AlignConfig, Config, apply_overrides, load_config
 from infoclip.engine import checkpoint as ckpt
@@ -22,16 +21,10 @@ from infoclip.engine.log import RunLog, read_log
 from infoclip.engine.train import choose_classes, train
 from infoclip.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, StorageError
 
-INFOCLIP = AlignConfig(method="infoclip", samples="pixel", center=True)
-
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return write_folders(tmp_path / "data")
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "model" / "model.safetensors")
 
 
 def assert_same_bits(a: Path, b: Path) -> None:

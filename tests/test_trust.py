@@ -15,7 +15,7 @@ import torch
 from fuzz import KINDS, fuzz
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_models import small_config
+from small_models import save_small_model
 from small_trees import write_tree
 from typer.testing import CliRunner
 
@@ -24,8 +24,7 @@ from infoclip.data.benchmarks import find_forms
 from infoclip.data.files import is_file, read_image, read_label_map_mat, read_mask
 from infoclip.data.folders import FolderDataset
 from infoclip.errors import CheckpointError, DataError, StorageError
-from infoclip.model.checkpoint import load_model, save_model
-from infoclip.model.segmentor import build_segmentor
+from infoclip.model.checkpoint import load_model
 
 
 def picture(path: Path, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> Path:
@@ -37,10 +36,7 @@ def picture(path: Path, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("model")
-    config = small_config(root)
-    torch.manual_seed(0)
-    return save_model(build_segmentor(config), config, ["cat"], root / "model")
+    return save_small_model(tmp_path_factory.mktemp("model"), ["cat"])
 
 
 def test_damaged_and_lying_inputs_of_every_kind() -> None:

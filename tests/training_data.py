@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
 
 from infoclip.config import AlignConfig, ClipConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 
-__all__ = ["CLASSES", "tiny_config", "write_folders"]
+__all__ = ["CLASSES", "INFOCLIP", "tiny_config", "weights", "write_folders"]
 
 CLASSES = ["red circle", "blue square", "grass", "sand", "water"]
 
@@ -20,6 +22,14 @@ _CLIP = {
     "vision_cfg": {"image_size": 32, "layers": 3, "width": 32, "head_width": 16, "patch_size": 8},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
+
+
+INFOCLIP = AlignConfig(method="infoclip", samples="pixel", center=True)
+
+
+def weights(out: Path) -> dict[str, Tensor]:
+    """The model that a run left."""
+    return load_file(out / "model" / "model.safetensors")
 
 
 def write_folders(root: Path, count: int = 7, size: tuple[int, int] = (40, 48)) -> Path:

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-__all__ = ["BACKENDS", "OPS", "BackendUnavailableError", "Op", "choose", "explain", "ops", "register", "use_backend",
-           "why_not"]  # fmt: skip
+__all__ = ["BACKENDS", "OPS", "BackendUnavailableError", "Op", "choose", "explain", "ops", "register", "register_room",
+           "use_backend", "why_not"]  # fmt: skip
 
 BACKENDS = ("reference", "triton", "native")
 ROOMS = ("cost_volume", "infonce", "ms_deform_attn", "renyi_mutual_information", "upsample_bce")
@@ -70,6 +70,15 @@ def register(op: Op) -> Op:
         raise ValueError(f"op {op.name!r} names unknown backends {sorted(unknown)}; expected some of {BACKENDS}")
     OPS[op.name] = op
     return op
+
+
+def register_room(name: str, triton: WhyNot, native: WhyNot, reason: Mapping[str, str]) -> Op:
+    """Register an op with its three backends, as every room has them.
+
+    ``auto`` takes ``native`` on the CPU, where each is measured, and the reference on a GPU, where none is yet.
+    """
+    backends = {"reference": _anywhere, "triton": triton, "native": native}
+    return register(Op(name, backends, {"cpu": ("native", "reference"), "cuda": ("reference",)}, reason))
 
 
 def ops() -> dict[str, Op]:

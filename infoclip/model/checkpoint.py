@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from infoclip.config import ClipConfig, Config, load_config, save_config
+from infoclip.data.files import is_file
 from infoclip.errors import CheckpointError, ConfigError
 from infoclip.model.segmentor import Segmentor, build_segmentor
 from infoclip.storage import new_directory
@@ -118,10 +119,10 @@ def load_model(path: str | Path) -> LoadedModel:
 
 def _write(segmentor: Segmentor, config: Config, classes: list[str], directory: Path, extra: Any) -> None:
     clip = dataclasses.replace(config.clip)
-    if _is_file(clip.templates):
+    if is_file(Path(clip.templates)):
         shutil.copyfile(clip.templates, directory / TEMPLATES)
         clip.templates = TEMPLATES
-    if _is_file(clip.model):
+    if is_file(Path(clip.model)):
         shutil.copyfile(clip.model, directory / ARCHITECTURE)
         clip.model = ARCHITECTURE
     save_config(dataclasses.replace(config, clip=clip), directory / CONFIG)
@@ -137,13 +138,6 @@ def _write(segmentor: Segmentor, config: Config, classes: list[str], directory: 
 def _storable(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
     return tensor.clone(memory_format=torch.contiguous_format)  # no memory shared between entries
-
-
-def _is_file(name: str) -> bool:
-    try:
-        return Path(name).is_file()
-    except OSError:
-        return False
 
 
 def _with_copies(clip: ClipConfig, directory: Path) -> ClipConfig:

@@ -11,26 +11,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from infoclip.kernels import Op, choose, register
+from infoclip.kernels import choose, register_room
 
 from . import embedding, native_impl, op, reference, triton_impl
 
 __all__ = ["TopClasses", "cost_embedding", "cost_volume", "cost_volume_topk"]
 
-register(
-    Op(
-        name="cost_volume",
-        backends={
-            "reference": lambda device, dtype: None,
-            "triton": triton_impl.why_not,
-            "native": native_impl.why_not,
-        },
-        auto={"cpu": ("native", "reference"), "cuda": ("reference",)},
-        reason={
-            "cpu": "measured faster than the reference, forward and backward (python -m bench cost_volume).",
-            "cuda": "the kernels' speed on a GPU is not measured yet; cuBLAS stays the default.",
-        },
-    )
+register_room(
+    "cost_volume",
+    triton_impl.why_not,
+    native_impl.why_not,
+    {
+        "cpu": "measured faster than the reference, forward and backward (python -m bench cost_volume).",
+        "cuda": "the kernels' speed on a GPU is not measured yet; cuBLAS stays the default.",
+    },
 )
 
 

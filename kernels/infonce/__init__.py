@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from infoclip.kernels import Op, choose, register
+from infoclip.kernels import choose, register_room
 
 from . import native_impl, op, triton_impl
 from .reference import infonce as reference
@@ -19,21 +19,15 @@ __all__ = ["InfoNCE", "infonce"]
 CACHED, WIDE = 8 * 2**20, 384
 """Bytes of logits, at most, and entries of a row, at least, for which the reference is faster on the CPU."""
 
-register(
-    Op(
-        name="infonce",
-        backends={
-            "reference": lambda device, dtype: None,
-            "triton": triton_impl.why_not,
-            "native": native_impl.why_not,
-        },
-        auto={"cpu": ("native", "reference"), "cuda": ("reference",)},
-        reason={
-            "cpu": "measured faster, and without the logits; gradients of float32 rows of 384 entries or more, "
-            "whose logits fill at most 8 MiB, are the reference's (python -m bench infonce).",
-            "cuda": "the kernels' speed on a GPU is not measured yet.",
-        },
-    )
+register_room(
+    "infonce",
+    triton_impl.why_not,
+    native_impl.why_not,
+    {
+        "cpu": "measured faster, and without the logits; gradients of float32 rows of 384 entries or more, "
+        "whose logits fill at most 8 MiB, are the reference's (python -m bench infonce).",
+        "cuda": "the kernels' speed on a GPU is not measured yet.",
+    },
 )
 
 

@@ -7,27 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from infoclip.kernels import Op, choose, register
+from infoclip.kernels import choose, register_room
 
 from . import native_impl, op, triton_impl
 from .reference import ms_deform_attn as reference
 
 __all__ = ["ms_deform_attn"]
 
-register(
-    Op(
-        name="ms_deform_attn",
-        backends={
-            "reference": lambda device, dtype: None,
-            "triton": triton_impl.why_not,
-            "native": native_impl.why_not,
-        },
-        auto={"cpu": ("native", "reference"), "cuda": ("reference",)},
-        reason={
-            "cpu": "measured faster than the reference, forward and backward (python -m bench ms_deform_attn).",
-            "cuda": "the kernels' speed on a GPU is not measured yet.",
-        },
-    )
+register_room(
+    "ms_deform_attn",
+    triton_impl.why_not,
+    native_impl.why_not,
+    {
+        "cpu": "measured faster than the reference, forward and backward (python -m bench ms_deform_attn).",
+        "cuda": "the kernels' speed on a GPU is not measured yet.",
+    },
 )
 
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from infoclip.kernels import BackendUnavailableError, Op, choose, register
+from infoclip.kernels import BackendUnavailableError, choose, register_room
 from infoclip.kernels.numerics import check_samples
 
 from . import estimate, native_impl, op, reference, triton_impl
@@ -39,20 +39,14 @@ __all__ = [
     "transfer_loss",
 ]
 
-register(
-    Op(
-        name="renyi_mutual_information",
-        backends={
-            "reference": lambda device, dtype: None,
-            "triton": triton_impl.why_not,
-            "native": native_impl.why_not,
-        },
-        auto={"cpu": ("native", "reference"), "cuda": ("reference",)},
-        reason={
-            "cpu": "measured faster than the reference, value and gradient.",
-            "cuda": "the kernels' speed on a GPU is not measured yet; cuBLAS stays the default.",
-        },
-    )
+register_room(
+    "renyi_mutual_information",
+    triton_impl.why_not,
+    native_impl.why_not,
+    {
+        "cpu": "measured faster than the reference, value and gradient.",
+        "cuda": "the kernels' speed on a GPU is not measured yet; cuBLAS stays the default.",
+    },
 )
 
 

@@ -7,27 +7,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from infoclip.kernels import Op, choose, register
+from infoclip.kernels import choose, register_room
 
 from . import native_impl, op, triton_impl
 from .reference import upsample_bce as reference
 
 __all__ = ["upsample_bce"]
 
-register(
-    Op(
-        name="upsample_bce",
-        backends={
-            "reference": lambda device, dtype: None,
-            "triton": triton_impl.why_not,
-            "native": native_impl.why_not,
-        },
-        auto={"cpu": ("native", "reference"), "cuda": ("reference",)},
-        reason={
-            "cpu": "measured faster than the reference, forward and backward (python -m bench upsample_bce).",
-            "cuda": "the kernels' speed on a GPU is not measured yet.",
-        },
-    )
+register_room(
+    "upsample_bce",
+    triton_impl.why_not,
+    native_impl.why_not,
+    {
+        "cpu": "measured faster than the reference, forward and backward (python -m bench upsample_bce).",
+        "cuda": "the kernels' speed on a GPU is not measured yet.",
+    },
 )
 
 
