@@ -20,17 +20,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from bench.peak import give_back, reset_peak, resident
 from infoclip.config import ModelConfig
 from infoclip.model.aggregator import Aggregator
 from infoclip.model.attention import window_mask
+from infoclip.model.footprint import LiveBytes
 from infoclip.model.memory import MODES, MemoryMode
 
 __all__ = ["BOUNDS", "ORDER", "PUBLISHED", "Counts", "Timed", "broken", "count", "main", "times"]
@@ -51,26 +48,6 @@ class Counts:
     forward: float
     both: float
     kept: int
-
-
-class _Storages(TorchDispatchMode):
-    """Remembers every storage that an operator made, without keeping it alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor):
-                reference = StorageWeakRef(x.untyped_storage())
-                self.found[reference.cdata] = (reference, x.untyped_storage().nbytes())
-        return out
-
-    def alive(self) -> dict[int, int]:
-        gc.collect()
-        return {key: size for key, (reference, size) in self.found.items() if not reference.expired()}
 
 
 def _attention(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -118,15 +95,16 @@ def count(mode: str, classes: int = 171, dtype: torch.dtype = torch.float32, chu
         dense, text = torch.empty(1, 512, 24, 24), torch.empty(classes, 1, 512)
         guidance = [dense, torch.empty(1, 256, 48, 48), torch.empty(1, 128, 96, 96)]
         leaves = [x.requires_grad_() for x in (dense, text, *guidance[1:])]
-        given = {StorageWeakRef(x.untyped_storage()).cdata for x in [*leaves, *model.parameters(), *model.buffers()]}
         with _flops() as counter:
-            with _Storages() as storages, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            with LiveBytes() as live, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                live.leave_out(*leaves, *model.parameters(), *model.buffers())
                 logits = model(dense, text, guidance)
             forward = counter.get_total_flops()
-            kept = {key: size for key, size in storages.alive().items() if key not in given}
+            gc.collect()
+            kept = live.now - logits.numel() * logits.element_size()
             logits.float().sum().backward()
         both = counter.get_total_flops()
-    return Counts(forward, both, sum(kept.values()) - logits.numel() * logits.element_size())
+    return Counts(forward, both, kept)
 
 
 def broken(counts: dict[str, Counts], half: bool = False) -> list[str]:

@@ -1,4 +1,4 @@
-"""Bytes that a computation holds, counted without computing it: on tensors without storage (the meta device).
+"""Bytes that a computation holds, counted without computing it, on tensors without storage: meta or fake ones.
 
 Every storage that an operator makes is followed from its making to its freeing, through forward, recomputation and
 backward, so that the largest sum is the peak of a real pass but for what operators hold inside (scratch of
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -47,7 +48,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if isinstance(x, Tensor) and x.is_meta:
+            if isinstance(x, FakeTensor) or (isinstance(x, Tensor) and x.is_meta):
                 storage = x.untyped_storage()
                 key = storage._cdata
                 if key not in self._known:
