@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from infoclip.config import Config
+    from infoclip.model.maftplus import MaskSegmentor
     from infoclip.model.segmentor import Segmentor
 
 __all__ = ["MAX_CLASSES", "ImageLike", "Model", "Segmentation", "check_path", "load", "write_files"]
@@ -105,8 +106,8 @@ class Model:
         classes: the class names it was trained on.
     """
 
-    def __init__(self, segmentor: Segmentor, config: Config, classes: Sequence[str]) -> None:
-        self.segmentor = segmentor.eval()
+    def __init__(self, segmentor: Segmentor | MaskSegmentor, config: Config, classes: Sequence[str]) -> None:
+        self.segmentor: Any = segmentor.eval()
         self.config = config
         self.classes = list(classes)
         self._text: tuple[tuple[str, ...], Tensor] | None = None

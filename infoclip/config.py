@@ -49,7 +49,7 @@ class ClipConfig:
     """open_clip weight tag, a local weight file, ``builtin:scenes`` (shipped), or empty for random weights."""
     tune: Literal["attention", "full", "frozen", "trunk"] = "attention"
     """What learns in CLIP: q and v projections of both towers (published), everything, nothing; of a ConvNeXt its stem
-    and stages (MAFT+), or nothing (FC-CLIP)."""
+    and stages (MAFT+), or nothing (FC-CLIP; with ``trunk`` it is plain fine-tuning, by the losses of its masks)."""
     tune_positions: bool = False
     """With ``attention``: also the visual position embedding (the published code means to, but does not)."""
     dense: Literal["value-cls", "value", "attention"] = "value-cls"
@@ -110,8 +110,6 @@ class MaskConfig:
     """What the transfer reads: each pixel's embedding, or (published) those of rows that mix channels and pixels, since
     the published code takes a map [C, h, w] for [h * w, C] without exchanging its axes. Published weights need the
     latter."""
-    memory_mode: Literal["fast", "balanced", "lean", "reference"] = "fast"
-    """What is kept for the backward pass, from much to little, or autograd's own choice (``reference``)."""
     class_weight: float = 2.0
     mask_weight: float = 5.0
     dice_weight: float = 5.0
@@ -167,18 +165,22 @@ class AlignConfig:
 
 @dataclass
 class DataConfig:
-    """Training data: generated scenes, a folder of images and a folder of masks, or a data set of the papers."""
+    """Training data: generated scenes, a folder of images and a folder of masks, a data set of the papers, or panoptic
+    annotations."""
 
-    kind: Literal["scenes", "folders", "benchmark"] = "folders"
+    kind: Literal["scenes", "folders", "benchmark", "panoptic"] = "folders"
     benchmark: str = "coco-train"
-    """Benchmark only: its name (``infoclip data list``), read from its published folders below ``root``; images, masks,
-    classes and label map then come from it."""
+    """Benchmark, panoptic: its name (``infoclip data list``), read from its published folders below ``root``; images,
+    masks, classes and label map then come from it. Empty for panoptic annotations of one's own."""
     root: str = ""
     """Folder below which images, masks and the class list are; scenes are written there when missing."""
     images: str = "images/train2017"
     masks: str = "annotations/train2017"
+    annotations: str = "panoptic.json"
+    """Panoptic only, of one's own: the JSON file in panopticapi's layout; ``masks`` is the folder of its PNGs."""
     classes: str = "coco_stuff_171"
-    """A named class list of the package, or a file: one class a line, or JSON."""
+    """A named class list of the package, or a file: one class a line, or JSON. Panoptic: a name for each category, in
+    the order of their ids; empty: the categories' own."""
     train_classes: str = ""
     """Classes to train on, as a class list inside ``classes``; pixels of others become ``ignore_index``; empty: all."""
     label_map: str = ""
@@ -197,6 +199,9 @@ class DataConfig:
     resize_max: int = 1333
     crop: int = 384
     """Side of the random crop; 0 for none."""
+    scales: tuple[float, ...] = ()
+    """Two factors: in place of ``resize``, an image is fitted into a square of ``crop`` times a number between them
+    (large-scale jitter; FC-CLIP 0.1 and 2)."""
     crop_max_share: float = 1.0
     """Below 1: crops hold two classes or more, none with this share of the labelled pixels (ten tries); 1 (published):
     any crop."""
@@ -224,7 +229,9 @@ class OptimConfig:
     """Largest gradient norm; 0 for no clipping."""
     clip_grad: Literal["joint", "group"] = "joint"
     """One norm over all parameters (published), or one for each of head, CLIP and alignment module."""
-    schedule: Literal["cosine", "poly", "constant"] = "cosine"
+    schedule: Literal["cosine", "poly", "step", "constant"] = "cosine"
+    """To zero by a cosine (CAT-Seg) or as ``(1 - t) ** 0.9`` (MAFT+); a tenth after 8/9 and a hundredth after 26/27 of
+    the steps (FC-CLIP); or none."""
     warmup_steps: int = 0
 
 
@@ -364,6 +371,13 @@ class Config:
         )
         _require(self.data.workers >= 0, "data.workers", self.data.workers, "0 or more")
         _require(self.optim.lr > 0, "optim.lr", self.optim.lr, "greater than 0")
+        scales = self.data.scales
+        _require(
+            not scales or (len(scales) == 2 and 0 < scales[0] <= scales[1] and self.data.crop > 0),
+            "data.scales",
+            scales,
+            "two factors above 0, the smaller first, with a data.crop, or none",
+        )
         _require(0 <= self.eval.overlap < 1, "eval.overlap", self.eval.overlap, "at least 0 and below 1")
         _require(self.eval.resize >= 0, "eval.resize", self.eval.resize, "0 or more")
         _require(self.eval.resize_max >= 1, "eval.resize_max", self.eval.resize_max, "at least 1")
@@ -386,8 +400,8 @@ class Config:
         )
         _require(k.oversample >= 1, "mask.oversample", k.oversample, "at least 1")
         _require(0 <= k.importance <= 1, "mask.importance", k.importance, "0 to 1")
-        for name in ("class_weight", "mask_weight", "dice_weight", "no_object_weight", "mask_aware_weight",
-                     "compensation_weight"):  # fmt: skip
+        _require(k.no_object_weight > 0, "mask.no_object_weight", k.no_object_weight, "greater than 0")
+        for name in ("class_weight", "mask_weight", "dice_weight", "mask_aware_weight", "compensation_weight"):
             _require(getattr(k, name) >= 0, f"mask.{name}", getattr(k, name), "0 or more")
         _require(0 <= self.eval.object_threshold <= 1, "eval.object_threshold", self.eval.object_threshold, "0 to 1")
         _require(0 <= self.eval.overlap_threshold <= 1, "eval.overlap_threshold", self.eval.overlap_threshold, "0 to 1")
@@ -399,10 +413,10 @@ class Config:
             return
         _require(self.align.method == "none", "align.method", self.align.method, f"none for system={self.system}")
         _require(
-            self.clip.tune in (("trunk", "frozen") if self.system == "maftplus" else ("frozen",)),
+            self.clip.tune in ("trunk", "frozen"),
             "clip.tune",
             self.clip.tune,
-            "frozen for system=fcclip, trunk or frozen for system=maftplus",
+            f"trunk or frozen for system={self.system}",
         )
         classes = self.data.sample_classes
         _require(classes == 0, "data.sample_classes", classes, "0 with mask proposals")

@@ -82,14 +82,14 @@ def read_catseg(
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that nothing is copied: shapes first, so that no size which does not
                 # fit the file is ever allocated
-                build_segmentor(bare).load_catseg_state_dict(state)
+                build_segmentor(bare).load_published_state_dict(state)
             segmentor = build_segmentor(bare)
-        segmentor.load_catseg_state_dict(state)
+        segmentor.load_published_state_dict(state)
     except ConfigError:
         raise
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is no CAT-Seg checkpoint of this kind: {_line(error)}.") from error
-    own = segmentor.state_dict_catseg()
+    own = segmentor.published_state_dict()
     derived = sorted(k for k in state if k.endswith(".attn_mask"))
     for key in derived:
         if key not in own or not torch.equal(own[key], state[key].to(own[key])):
@@ -140,7 +140,7 @@ def write_catseg(model: str | Path, out: str | Path) -> int:
     out = Path(out)
     if out.is_dir():
         raise StorageError(f"{out} is a folder; name a file such as {out / 'model_final.pth'}.")
-    state = {k: v.contiguous() for k, v in load_model(model).segmentor.state_dict_catseg().items()}
+    state = {k: v.contiguous() for k, v in load_model(model).segmentor.published_state_dict().items()}
     temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

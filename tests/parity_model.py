@@ -239,7 +239,7 @@ def _segmentor_of(case: Case) -> Segmentor:
     )
     prompts = state[CATSEG_PREFIXES["aggregator."] + "conv1.weight"].shape[1]
     segmentor = Segmentor(clip, config, num_templates=prompts)
-    segmentor.load_catseg_state_dict(state)
+    segmentor.load_published_state_dict(state)
     return segmentor
 
 

@@ -130,9 +130,7 @@ def small_mask_segmentor(transfer: bool = True, **changes: object) -> MaskSegmen
     with tempfile.TemporaryDirectory() as folder:
         config = small_mask_config(Path(folder), **changes)
         torch.manual_seed(0)
-        segmentor = MaskSegmentor(
-            load_convnext_clip(config.clip, memory=config.mask.memory_mode), config.mask, transfer=transfer
-        )
+        segmentor = MaskSegmentor(load_convnext_clip(config.clip), config.mask, transfer=transfer)
     randomize(segmentor)
     return segmentor
 

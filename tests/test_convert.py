@@ -72,7 +72,7 @@ def test_recorded_scores_from_a_converted_checkpoint(golden: tuple[Case, Path, l
     ("arch", "side", "recipe"), [(VIT_B, 384, "catseg-vitb16-coco"), (VIT_L, 336, "catseg-vitl14-coco")]
 )
 def test_settings_follow_from_the_published_weights(arch, side: int, recipe: str) -> None:
-    state = on_meta(arch, side).state_dict_catseg()
+    state = on_meta(arch, side).published_state_dict()
     wanted = get_recipe(recipe)
     for masks in (True, False):
         kept = {k: v for k, v in state.items() if masks or not k.endswith("attn_mask")}
@@ -98,7 +98,7 @@ def test_round_trip_is_exact(tiny: tuple[Segmentor, Path], tmp_path: Path) -> No
     assert answer.exit_code == 0, answer.output
     assert [p.name for p in (tmp_path / "there").iterdir()] == ["final.pth"]
     stored = torch.load(tmp_path / "there" / "final.pth", weights_only=True)
-    wanted = segmentor.state_dict_catseg()
+    wanted = segmentor.published_state_dict()
     assert list(stored) == ["model"]
     assert MASK in stored["model"]
     assert stored["model"].keys() == wanted.keys()
@@ -109,7 +109,7 @@ def test_round_trip_is_exact(tiny: tuple[Segmentor, Path], tmp_path: Path) -> No
     assert (read.loaded, read.derived, read.left_out) == (len(wanted) - 1, [MASK], [])
     back = infoclip.load(tmp_path / "again", device="cpu")
     assert back.classes == ["a", "b, c"]
-    assert all(torch.equal(v, wanted[k]) for k, v in back.segmentor.state_dict_catseg().items())
+    assert all(torch.equal(v, wanted[k]) for k, v in back.segmentor.published_state_dict().items())
     assert write_catseg(tmp_path / "again", tmp_path / "second.pth") == len(wanted)
 
 
@@ -136,7 +136,7 @@ def test_straight_loading(tiny: tuple[Segmentor, Path], tmp_path: Path) -> None:
 
 def test_every_entry_must_fit(tiny: tuple[Segmentor, Path], tmp_path: Path) -> None:
     segmentor, _ = tiny
-    good = segmentor.state_dict_catseg()
+    good = segmentor.published_state_dict()
     settings = [f"clip.model={tmp_path / 'tiny_clip.json'}"]
     cases = {
         "unknown .sem_seg_head.extra": {**good, "sem_seg_head.extra": torch.zeros(1)},

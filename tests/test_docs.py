@@ -50,7 +50,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.manual_seed(0)
     segmentor = build_segmentor(config)
     save_model(segmentor, config, ["person", "tree"], tmp_path / "runs/b16/model")
-    torch.save({"model": segmentor.state_dict_catseg()}, "model_final.pth")
+    torch.save({"model": segmentor.published_state_dict()}, "model_final.pth")
     _small_published(monkeypatch, segmentor)
     return tmp_path
 

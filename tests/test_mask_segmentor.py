@@ -76,7 +76,7 @@ def test_published_architectures(name: str) -> None:
 @pytest.mark.parametrize("memory", ["fast", "balanced", "lean"])
 def test_memory_modes_change_no_gradient(memory: str) -> None:
     def gradients(mode: str) -> dict[str, Tensor]:
-        segmentor = small_mask_segmentor(memory_mode=mode)
+        segmentor = small_mask_segmentor().use_memory(mode)
         vocabulary = segmentor.vocabulary(["cat", "dog,hound"])
         out = segmentor(preprocess(picture(64, 64)[None], segmentor.clip), vocabulary)
         total = sum(p.logits.sin().sum() + p.masks.sin().mean() for p in out.proposals)

@@ -47,7 +47,7 @@ def test_round_trip(made: tuple[Segmentor, Config], tmp_path: Path) -> None:
         assert not loaded.segmentor.training
         assert (loaded.segmentor.clip.mean, loaded.segmentor.clip.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     stored = load_file(tmp_path / "run" / "model" / "model.safetensors")
-    assert stored.keys() == segmentor.state_dict_catseg().keys()
+    assert stored.keys() == segmentor.published_state_dict().keys()
     assert all(v.dtype == torch.float32 for v in stored.values())
 
 

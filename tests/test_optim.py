@@ -107,12 +107,15 @@ def test_nothing_to_learn() -> None:
 def test_schedule() -> None:
     assert [lr_factor(k, 4) for k in range(6)] == pytest.approx([1, 0.5 + 0.5 * math.sqrt(0.5), 0.5, 0.1464466, 0, 0])
     assert [lr_factor(k, 4, "constant") for k in range(6)] == [1.0] * 6
+    # FC-CLIP's 368,750 steps, with a tenth at 327,778 and a hundredth at 355,092
+    edges = [0, 327_777, 327_778, 355_092, 355_093]
+    assert [lr_factor(k, 368_750, "step") for k in edges] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
     assert [lr_factor(k, 10, "constant", 3) for k in range(5)] == [0.25, 0.5, 0.75, 1, 1]
     assert lr_factor(1, 10, "cosine", 3) == pytest.approx(0.5 * lr_factor(1, 10))
     for bad in ({"step": -1, "steps": 1}, {"step": 0, "steps": 0}, {"step": 0, "steps": 1, "warmup_steps": -1}):
         with pytest.raises(ValueError, match="expected 0 or more"):
             lr_factor(**bad)
-    with pytest.raises(ValueError, match="expected 'cosine', 'poly' or 'constant'"):
+    with pytest.raises(ValueError, match="expected 'cosine', 'poly', 'step' or 'constant'"):
         lr_factor(0, 1, "linear")  # type: ignore[arg-type]
 
 

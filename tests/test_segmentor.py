@@ -125,7 +125,7 @@ def on_meta(arch: Architecture, image_size: int) -> Segmentor:
 
 def test_vit_b_state_dict_is_the_published_one() -> None:
     segmentor = on_meta(VIT_B, 384)
-    state = segmentor.state_dict_catseg()
+    state = segmentor.published_state_dict()
     assert {k: tuple(v.shape) for k, v in state.items()} == published_shapes()
     assert len(state) == 484
     assert sum(v.numel() for v in state.values()) == 154_455_266
@@ -134,7 +134,7 @@ def test_vit_b_state_dict_is_the_published_one() -> None:
 
 def test_vit_l_state_dict_has_the_published_counts() -> None:
     segmentor = on_meta(VIT_L, 336)
-    state = segmentor.state_dict_catseg()
+    state = segmentor.published_state_dict()
     assert len(state) == 652
     assert sum(p.numel() for p in segmentor.parameters()) == 433_726_946
     assert tuple(state["upsample2.weight"].shape) == (1024, 128, 4, 4)
@@ -154,26 +154,26 @@ def test_state_dict_goes_both_ways() -> None:
     first, second = small_segmentor(), small_segmentor()
     for parameter in second.parameters():
         torch.nn.init.normal_(parameter)
-    second.load_catseg_state_dict(first.state_dict_catseg())
+    second.load_published_state_dict(first.published_state_dict())
     for name, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
-    without_masks = {k: v for k, v in first.state_dict_catseg().items() if not k.endswith("attn_mask")}
-    second.load_catseg_state_dict(without_masks)
+    without_masks = {k: v for k, v in first.published_state_dict().items() if not k.endswith("attn_mask")}
+    second.load_published_state_dict(without_masks)
 
 
 def test_foreign_weights_are_named() -> None:
     segmentor = small_segmentor()
-    state = segmentor.state_dict_catseg()
+    state = segmentor.published_state_dict()
     before = {k: v.clone() for k, v in state.items()}
     less = dict(state)
     del less["upsample1.bias"]
     with pytest.raises(ValueError, match=r"1 entries are missing \(upsample1.bias"):
-        segmentor.load_catseg_state_dict(less)
+        segmentor.load_published_state_dict(less)
     with pytest.raises(ValueError, match=r"1 are unknown \(decoder.weight"):
-        segmentor.load_catseg_state_dict({**state, "decoder.weight": torch.zeros(1)})
+        segmentor.load_published_state_dict({**state, "decoder.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"upsample1.bias has shape \[3\] where \[10\] is expected"):
-        segmentor.load_catseg_state_dict({**state, "upsample1.bias": torch.zeros(3)})
-    assert all(torch.equal(v, before[k]) for k, v in segmentor.state_dict_catseg().items())
+        segmentor.load_published_state_dict({**state, "upsample1.bias": torch.zeros(3)})
+    assert all(torch.equal(v, before[k]) for k, v in segmentor.published_state_dict().items())
 
 
 def test_forward_in_training_with_several_templates_and_changing_classes() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -49,7 +49,6 @@ class ConvNeXtCLIP(TextCLIP):
         arch: sizes and choices.
         drop_path: stochastic depth in training mode, at the rate of the architecture. Off, the image encoder stays in
             evaluation mode whatever :meth:`train` says.
-        memory: what is kept of each block for the backward pass (``infoclip.model.memory``).
         tokenizer, templates, mean, std: as :class:`~infoclip.clip.text.TextCLIP`'s.
     """
 
@@ -58,7 +57,6 @@ class ConvNeXtCLIP(TextCLIP):
         arch: ConvNeXtArchitecture,
         *,
         drop_path: bool = False,
-        memory: Literal["fast", "balanced", "lean", "reference"] = "fast",
         tokenizer: Callable[[list[str]], Tensor] | None = None,
         templates: Sequence[str] = TEMPLATES["maftplus"],
         mean: Sequence[float] = OPENAI_MEAN,
@@ -66,7 +64,8 @@ class ConvNeXtCLIP(TextCLIP):
     ) -> None:
         super().__init__(arch, tokenizer, templates, mean, std)
         self.arch: ConvNeXtArchitecture = arch
-        self.drop_path, self.memory = drop_path, memory
+        self.drop_path = drop_path
+        self.memory = "fast"  # what is kept of each block for the backward pass (infoclip.model.memory)
         self.widths = arch.widths
         self.image_size = arch.image_size
         self.visual = build_convnext(json.loads(arch.vision_cfg), arch.embed_dim)

@@ -73,7 +73,7 @@ def load_convnext_clip(config: ClipConfig, **options: Any) -> ConvNeXtCLIP:
     relative to the model config.
 
     Args:
-        options: ``drop_path`` and ``memory`` of :class:`~infoclip.clip.convnext.ConvNeXtCLIP`.
+        options: ``drop_path`` of :class:`~infoclip.clip.convnext.ConvNeXtCLIP`.
 
     Raises:
         ConfigError, CheckpointError: as :func:`load_clip`, and for a CLIP with another image encoder.

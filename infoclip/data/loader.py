@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from infoclip.data.objects import find_objects
 from infoclip.data.transforms import PAD_VALUE, derive_seed, seeded
 from infoclip.errors import DataError, InfoclipError
 
@@ -24,7 +25,9 @@ class ResumableLoader:
     """Endless batches of shuffled epochs, as an iterator.
 
     A batch is ``{"image": uint8 [B, 3, H, W], "mask": int64 [B, H, W], "files": list[str]}``; pictures of different
-    sizes are padded right and below to the largest (grey 128, ``ignore_index``).
+    sizes are padded right and below to the largest (grey 128, ``ignore_index``). With ``objects`` it also holds
+    ``"map"``, int64 [B, H, W], and ``"objects"``, B :class:`~infoclip.data.objects.Objects` that say which of the map's
+    values are objects.
 
     Args:
         dataset: maps an index to a sample (see :class:`~infoclip.data.folders.FolderDataset`).
@@ -34,6 +37,7 @@ class ResumableLoader:
         transform: augmentation of ``(image, mask)``.
         ignore_index: label of padded pixels.
         pin_memory: page-locked batches, for copies to CUDA that overlap.
+        objects: list each picture's objects, as training by masks needs them.
 
     Raises:
         DataError: an empty dataset; while iterating, whatever fault the dataset finds, also from a worker.
@@ -48,13 +52,14 @@ class ResumableLoader:
         transform: Callable[..., Any] | None = None,
         ignore_index: int = 255,
         pin_memory: bool = False,
+        objects: bool = False,
     ) -> None:
         self._size = len(dataset)  # type: ignore[arg-type]
         if self._size == 0:
             raise DataError("The training data is empty; expected at least one image.")
         self._dataset = _Numbered(dataset, seed, transform)
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
-        self._ignore_index, self._pin_memory = ignore_index, pin_memory
+        self._ignore_index, self._pin_memory, self._objects = ignore_index, pin_memory, objects
         self._consumed = 0
         self._iterator: Iterator[Any] | None = None
 
@@ -84,7 +89,7 @@ class ResumableLoader:
             self._dataset,
             batch_sampler=order,
             num_workers=self.workers,
-            collate_fn=_Collate(self._ignore_index),
+            collate_fn=_Collate(self._ignore_index, self._objects),
             pin_memory=self._pin_memory,
             # fork keeps the start short; workers never touch CUDA
             multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
@@ -162,8 +167,8 @@ class _Order(Sampler[list[tuple[int, int]]]):
 
 
 class _Collate:
-    def __init__(self, ignore_index: int) -> None:
-        self.ignore_index = ignore_index
+    def __init__(self, ignore_index: int, objects: bool) -> None:
+        self.ignore_index, self.objects = ignore_index, objects
 
     def __call__(self, samples: list[dict[str, Any] | InfoclipError]) -> dict[str, Any] | InfoclipError:
         good: list[dict[str, Any]] = []
@@ -171,11 +176,16 @@ class _Collate:
             if isinstance(sample, InfoclipError):
                 return sample
             good.append(sample)
-        return {
+        batch: dict[str, Any] = {
             "image": _stack([s["image"] for s in good], PAD_VALUE),
             "mask": _stack([s["mask"] for s in good], self.ignore_index),
             "files": [s["file"] for s in good],
         }
+        if self.objects:
+            found = [find_objects(s, self.ignore_index) for s in good]
+            batch["map"] = _stack([ids for ids, _ in found], self.ignore_index)
+            batch["objects"] = [objects for _, objects in found]
+        return batch
 
 
 def _stack(tensors: list[Tensor], fill: int) -> Tensor:  # B x [..., H, W] -> [B, ..., Hmax, Wmax]

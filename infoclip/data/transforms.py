@@ -1,4 +1,4 @@
-"""Training augmentation on torchvision's v2 transforms: image and mask move together.
+"""Training augmentation on torchvision's v2 transforms: image, mask and panoptic map move together.
 
 The published recipe (CAT-Seg on detectron2): shortest side to 384 (longest at most 1333), random 384 crop, SSD colour
 distortion, horizontal flip, then padding to the crop with grey 128 and label 255.
@@ -18,8 +18,8 @@ from torchvision.transforms.v2 import functional as tvf
 
 from infoclip.config import DataConfig
 
-__all__ = ["PAD_VALUE", "PadTo", "RandomCropUpTo", "ResizeShortestEdge", "SSDColor", "derive_seed", "seeded",
-           "training_transform"]  # fmt: skip
+__all__ = ["PAD_VALUE", "PadTo", "RandomCropUpTo", "ResizeScale", "ResizeShortestEdge", "SSDColor", "derive_seed",
+           "seeded", "training_transform"]  # fmt: skip
 
 PAD_VALUE = 128
 """Grey level of the padding (published)."""
@@ -43,12 +43,36 @@ class ResizeShortestEdge(v2.Transform):
         return {"size": [max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        if isinstance(inpt, tv_tensors.Mask):
-            # torchvision resizes masks with the legacy nearest rule, which shifts them by up to half a pixel.
-            plain = inpt.as_subclass(Tensor)[None].float()
-            resized = torch.nn.functional.interpolate(plain[None], params["size"], mode="nearest-exact")[0, 0]
-            return tv_tensors.Mask(resized.to(inpt.dtype))
-        return tvf.resize(inpt, params["size"], antialias=True)
+        return _resize(inpt, params["size"])
+
+
+def _resize(inpt: Any, size: list[int]) -> Any:
+    if isinstance(inpt, tv_tensors.Mask):
+        # torchvision resizes masks with the legacy nearest rule, which shifts them by up to half a pixel. float32 holds
+        # every class and every segment id (three bytes).
+        plain = inpt.as_subclass(Tensor)[None].float()
+        resized = torch.nn.functional.interpolate(plain[None], size, mode="nearest-exact")[0, 0]
+        return tv_tensors.Mask(resized.to(inpt.dtype))
+    return tvf.resize(inpt, size, antialias=True)
+
+
+class ResizeScale(v2.Transform):
+    """The largest size that fits into a square of ``size`` times a random factor in ``scales``, keeping the shape
+    (large-scale jitter; detectron2's ``ResizeScale``). Interpolation as :class:`ResizeShortestEdge`'s."""
+
+    def __init__(self, size: int, scales: tuple[float, float]) -> None:
+        super().__init__()
+        self.size, self.scales = size, scales
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = tvf.get_size(flat_inputs[0])
+        low, high = self.scales
+        side = self.size * (low + (high - low) * float(torch.rand(())))
+        scale = min(side / height, side / width)
+        return {"size": [max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return _resize(inpt, params["size"])
 
 
 class RandomCropUpTo(v2.Transform):
@@ -140,7 +164,9 @@ class PadTo(v2.Transform):
 def training_transform(config: DataConfig) -> v2.Transform:
     """The augmentation that ``config`` describes; call it on a sample's image and mask through :func:`seeded`."""
     steps: list[v2.Transform] = []
-    if config.resize:
+    if config.scales:
+        steps.append(ResizeScale(config.crop, (config.scales[0], config.scales[1])))
+    elif config.resize:
         steps.append(ResizeShortestEdge(config.resize, config.resize_max))
     if config.crop:
         steps.append(RandomCropUpTo(config.crop, config.crop_max_share, config.ignore_index))
@@ -160,8 +186,12 @@ def derive_seed(seed: int, purpose: str, index: int) -> int:
 
 
 def seeded(transform: Callable[..., Any], seed: int, sample: dict[str, Any]) -> dict[str, Any]:
-    """``transform`` on the sample with torch's generator set to ``seed`` and put back afterwards."""
+    """``transform`` on the sample's image, mask and (where it has one) panoptic map, all by the same numbers.
+
+    torch's generator is set to ``seed``, and put back afterwards.
+    """
+    keys = [key for key in ("image", "mask", "panoptic") if key in sample]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        image, mask = transform(sample["image"], sample["mask"])
-    return {**sample, "image": image, "mask": mask}
+        moved = transform(*(sample[key] for key in keys))
+    return {**sample, **dict(zip(keys, moved, strict=True))}

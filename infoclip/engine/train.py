@@ -30,6 +30,7 @@ from infoclip.config import Config, config_to_dict, load_config
 from infoclip.data.classes import load_classes, load_label_map
 from infoclip.data.folders import FolderDataset, PairDataset
 from infoclip.data.loader import ResumableLoader
+from infoclip.data.panoptic import open_panoptic
 from infoclip.data.transforms import derive_seed, training_transform
 from infoclip.engine import checkpoint as ckpt
 from infoclip.engine.environment import collect_environment, peak_memory_mib
@@ -112,11 +113,20 @@ def train(config: Config, out: str | Path, resume: bool = False, progress: bool 
     _check_folder(config, out, resume)
     device = _device(config.train.device)
     with _process_settings(config, device):
-        run = _Run(config, out, device)
+        run = build_run(config, out, device)
         try:
             return run.go(progress)
         finally:
             run.close()
+
+
+def build_run(config: Config, out: Path, device: torch.device) -> _Run:
+    """The run of a config's system, with its data read and its model built; errors as :func:`train`'s."""
+    if config.system == "catseg":
+        return _Run(config, out, device)
+    from infoclip.engine.mask_run import MaskRun
+
+    return MaskRun(config, out, device)
 
 
 def training_data(config: Config, out: Path) -> PairDataset:
@@ -134,6 +144,8 @@ def training_data(config: Config, out: Path) -> PairDataset:
         root = scenes_folder(config, out)
         if chosen is None:
             chosen = list(split_classes(data.split)[0])
+        if config.system != "catseg":
+            return open_panoptic(root, classes=SCENE_CLASSES, train_classes=chosen)
         return FolderDataset(root / "images", root / "masks", SCENE_CLASSES, data.ignore_index, train_classes=chosen)
     if not data.root:
         raise ConfigError("data.root is empty; pass data.root=FOLDER, the folder that holds the images and the masks.")
@@ -142,6 +154,12 @@ def training_data(config: Config, out: Path) -> PairDataset:
         from infoclip.data.benchmarks import open_benchmark
 
         return open_benchmark(data.benchmark, root, chosen)
+    if data.kind == "panoptic":
+        names = load_classes(data.classes) if data.classes else None
+        return open_panoptic(
+            root, data.benchmark, images=data.images, pngs=data.masks, annotations=data.annotations,
+            classes=names, train_classes=chosen,
+        )  # fmt: skip
     label_map = load_label_map(data.label_map) if data.label_map else None
     classes = load_classes(data.classes)
     return FolderDataset(root / data.images, root / data.masks, classes, data.ignore_index, label_map, chosen)
@@ -156,7 +174,8 @@ def scenes_folder(config: Config, out: Path) -> Path:
     folder = root / f"train-{data.split}"
     seen, _ = split_classes(data.split)
     with ckpt.storage_errors(f"the scenes {folder}"):
-        write_scenes(folder, data.train_images, config.clip.image_size, data.scenes_seed, classes=seen)
+        write_scenes(folder, data.train_images, config.clip.image_size, data.scenes_seed, classes=seen,
+                     panoptic=config.system != "catseg")  # fmt: skip
     return folder
 
 
@@ -172,9 +191,7 @@ class _Run:
     """One run: its parts, the loop, and what a checkpoint holds."""
 
     def __init__(self, config: Config, out: Path, device: torch.device) -> None:
-        from infoclip.clip import TextBank, text_cache_dir
         from infoclip.clip.templates import resolve_templates
-        from infoclip.model import build_segmentor
 
         self.config, self.out, self.device = config, out, device
         self.before = int(psutil.Process().memory_info().rss) if device.type == "cpu" else 0
@@ -188,26 +205,15 @@ class _Run:
         self.dataset = training_data(config, out)
         self.classes = self.dataset.classes
         self.ignore_index = self.dataset.ignore_index
+        self.templates = resolve_templates(config.clip.templates)
+        self.objective: torch.nn.Module | None = None
+        self.teacher_hash = ""
         try:
-            self.segmentor = build_segmentor(config).to(device).train()
+            self._build()
         except InfoclipError:
             raise
         except ValueError as error:
             raise ConfigError(f"These model settings do not go together: {error}.") from error
-        clip: DenseCLIP = self.segmentor.clip
-        self.templates = resolve_templates(config.clip.templates)
-        clip.prompt_tokens(self.classes, self.templates)  # a name that does not fit fails here, not at its first draw
-        self.bank = TextBank(clip, self.templates, text_cache_dir())
-        self.teacher: DenseCLIP | None = None
-        self.objective: torch.nn.Module | None = None
-        self.teacher_hash = ""
-        if config.align.method != "none":
-            from infoclip.objective import AlignmentObjective
-
-            self.teacher = clip.frozen_copy()
-            self.teacher_hash = _fingerprint(self.teacher)
-            self.objective = AlignmentObjective(config.align, clip.embed_dim).to(device).train()
-            self.teacher_text = TextBank(self.teacher, self.templates, text_cache_dir())(self.classes)  # [T, P, d]
         try:
             self.optimizer = build_optimizer(self.segmentor, self.objective, config.optim)
         except ValueError as error:
@@ -215,7 +221,7 @@ class _Run:
         augment = training_transform(dataclasses.replace(config.data, ignore_index=self.ignore_index))
         self.loader = ResumableLoader(
             self.dataset, config.data.batch_size, config.train.seed, config.data.workers,
-            augment, self.ignore_index, pin_memory=device.type == "cuda",
+            augment, self.ignore_index, pin_memory=device.type == "cuda", objects=config.system != "catseg",
         )  # fmt: skip
 
         self.coupled = couples(config)
@@ -230,6 +236,25 @@ class _Run:
         self.norms: dict[str, Tensor] = {}
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self.recent: list[tuple[int, list[str]]] = []  # batches since the last check
+
+    def _build(self) -> None:
+        """The model, and what its loss is made of beside it."""
+        from infoclip.clip import TextBank, text_cache_dir
+        from infoclip.model import build_segmentor
+
+        config, device = self.config, self.device
+        self.segmentor: Any = build_segmentor(config).to(device).train()
+        clip: DenseCLIP = self.segmentor.clip
+        clip.prompt_tokens(self.classes, self.templates)  # a name that does not fit fails here, not at its first draw
+        self.bank = TextBank(clip, self.templates, text_cache_dir())
+        self.teacher: Any = None
+        if config.align.method != "none":
+            from infoclip.objective import AlignmentObjective
+
+            self.teacher = clip.frozen_copy()
+            self.teacher_hash = _fingerprint(self.teacher)
+            self.objective = AlignmentObjective(config.align, clip.embed_dim).to(device).train()
+            self.teacher_text = TextBank(self.teacher, self.templates, text_cache_dir())(self.classes)  # [T, P, d]
 
     # The loop
 
@@ -403,15 +428,16 @@ class _Run:
         elif self.budget is None:
             self._use(Settings(config.model.memory, config.model.class_chunk, config.data.batch_size))
         else:
-            limit = config.data.sample_classes
-            classes = min(limit, len(self.classes)) if limit > 0 else len(self.classes)
-            clip = self.segmentor.clip
-            tokens = clip.prompt_tokens(self.classes, self.templates).flatten(0, 1)
-            length = int(clip._read_positions(tokens).max()) + 1 if clip._cuts_context else tokens.shape[1]
-            self.plan = make_plan(
-                self.budget, config, self.segmentor, self.teacher, self.objective, classes, length, self.device
-            )
+            self.plan = self._make_plan(self.budget)
             self._use(self.plan.settings)
+
+    def _make_plan(self, budget: int) -> Plan:
+        config, clip = self.config, self.segmentor.clip
+        limit = config.data.sample_classes
+        classes = min(limit, len(self.classes)) if limit > 0 else len(self.classes)
+        tokens = clip.prompt_tokens(self.classes, self.templates).flatten(0, 1)
+        length = int(clip._read_positions(tokens).max()) + 1 if clip._cuts_context else tokens.shape[1]
+        return make_plan(budget, config, self.segmentor, self.teacher, self.objective, classes, length, self.device)
 
     def _measured(self) -> None:
         """The first real step against the plan: what it took is logged, and settings that took too much are lowered."""

@@ -1,4 +1,4 @@
-"""A model directory: ``config.json``, ``model.safetensors`` (CAT-Seg names, float32) and ``classes.json``.
+"""A model directory: ``config.json``, ``model.safetensors`` (published names, float32) and ``classes.json``.
 
 It is complete or not there: written beside its place, flushed to the disk, and renamed; a directory that is replaced
 changes in one step. What a config names by path (templates, a CLIP architecture) is copied in, so that the directory
@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,13 +25,16 @@ from torch import Tensor
 from infoclip.config import ClipConfig, Config, load_config, save_config
 from infoclip.data.files import is_file
 from infoclip.errors import CheckpointError, ConfigError
-from infoclip.model.segmentor import Segmentor, build_segmentor
+from infoclip.model.segmentor import Segmentor, build_model
 from infoclip.storage import new_directory
+
+if TYPE_CHECKING:
+    from infoclip.model.maftplus import MaskSegmentor
 
 __all__ = ["LoadedModel", "find_model", "load_model", "save_model"]
 
 WEIGHTS, CONFIG, CLASSES, EXTRA = "model.safetensors", "config.json", "classes.json", "extra.json"
-TEMPLATES, ARCHITECTURE = "templates.txt", "clip.json"
+TEMPLATES, ARCHITECTURE, TRUNK, VOCABULARY = "templates.txt", "clip.json", "trunk", "vocabulary.json"
 FORMAT = "infoclip-segmentor"
 
 
@@ -39,14 +42,14 @@ FORMAT = "infoclip-segmentor"
 class LoadedModel:
     """A model directory's content; ``segmentor`` is in evaluation mode on the CPU."""
 
-    segmentor: Segmentor
+    segmentor: Segmentor | MaskSegmentor
     config: Config
     classes: list[str]
     extra: dict[str, Any]
 
 
 def save_model(
-    segmentor: Segmentor,
+    segmentor: Segmentor | MaskSegmentor,
     config: Config,
     classes: Sequence[str],
     directory: str | Path,
@@ -96,10 +99,10 @@ def load_model(path: str | Path) -> LoadedModel:
             warnings.simplefilter("ignore")  # nothing is copied, which is the point
             # Without storage first: a config that lies asks for any amount of memory.
             with torch.device("meta"):
-                build_segmentor(bare).load_catseg_state_dict(state)
+                build_model(bare).load_published_state_dict(state)
         with torch.random.fork_rng(devices=[]):  # random weights are drawn only to be replaced
-            segmentor = build_segmentor(bare)
-        segmentor.load_catseg_state_dict(state)
+            segmentor = build_model(bare)
+        segmentor.load_published_state_dict(state)
     except (ConfigError, ArithmeticError, AssertionError, AttributeError, IndexError, MemoryError, RuntimeError,
             TypeError) as error:  # fmt: skip
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
@@ -117,22 +120,42 @@ def load_model(path: str | Path) -> LoadedModel:
     return LoadedModel(segmentor, config, classes, extra)
 
 
-def _write(segmentor: Segmentor, config: Config, classes: list[str], directory: Path, extra: Any) -> None:
+def _write(
+    segmentor: Segmentor | MaskSegmentor, config: Config, classes: list[str], directory: Path, extra: Any
+) -> None:
     clip = dataclasses.replace(config.clip)
     if is_file(Path(clip.templates)):
         shutil.copyfile(clip.templates, directory / TEMPLATES)
         clip.templates = TEMPLATES
     if is_file(Path(clip.model)):
-        shutil.copyfile(clip.model, directory / ARCHITECTURE)
+        _copy_architecture(Path(clip.model), directory)
         clip.model = ARCHITECTURE
     save_config(dataclasses.replace(config, clip=clip), directory / CONFIG)
     (directory / CLASSES).write_text(json.dumps(classes, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if extra is not None:
         (directory / EXTRA).write_text(json.dumps(extra, indent=1) + "\n", encoding="utf-8")
-    state = {k: _storable(v) for k, v in segmentor.state_dict_catseg().items()}
+    state = {k: _storable(v) for k, v in segmentor.published_state_dict().items()}
     pixels = {"mean": json.dumps(list(segmentor.clip.mean)), "std": json.dumps(list(segmentor.clip.std))}
     save_file(state, directory / WEIGHTS, metadata={"format": "pt", "infoclip": FORMAT, **pixels})
     (directory / WEIGHTS).chmod(0o644)  # safetensors writes for the owner alone
+
+
+def _copy_architecture(model: Path, directory: Path) -> None:
+    """A model config (JSON), and what it needs beside it: a vocabulary of words, a trunk that it names by path."""
+    from infoclip.clip.architecture import LOCAL_TRUNK
+
+    described = json.loads(model.read_text(encoding="utf-8"))
+    vision = described.get("model_cfg", described)["vision_cfg"]
+    trunk = vision.get("timm_model_name") or ""
+    if trunk.startswith(LOCAL_TRUNK):
+        (directory / TRUNK).mkdir()
+        source = model.parent / trunk.removeprefix(LOCAL_TRUNK) / "config.json"
+        shutil.copyfile(source, directory / TRUNK / "config.json")
+        vision["timm_model_name"] = f"{LOCAL_TRUNK}{TRUNK}"
+    (directory / ARCHITECTURE).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    vocabulary = model.with_name(VOCABULARY)
+    if vocabulary.is_file():
+        shutil.copyfile(vocabulary, directory / VOCABULARY)
 
 
 def _storable(tensor: Tensor) -> Tensor:

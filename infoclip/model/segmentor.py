@@ -13,8 +13,9 @@ from infoclip.model.state import check_same_entries
 
 if TYPE_CHECKING:
     from infoclip.clip import DenseCLIP
+    from infoclip.model.maftplus import MaskSegmentor
 
-__all__ = ["CATSEG_PREFIXES", "Segmentor", "SegmentorOutput", "build_segmentor", "catseg_name"]
+__all__ = ["CATSEG_PREFIXES", "Segmentor", "SegmentorOutput", "build_model", "build_segmentor", "catseg_name"]
 
 CATSEG_PREFIXES = {
     "clip.": "sem_seg_head.predictor.clip_model.",
@@ -87,17 +88,17 @@ class Segmentor(nn.Module):
             guidance += [self.upsample1(features.guidance[0]), self.upsample2(features.guidance[1])]
         return SegmentorOutput(self.aggregator(features.dense, text, guidance), features.dense, text)
 
-    def state_dict_catseg(self) -> dict[str, Tensor]:
+    def published_state_dict(self) -> dict[str, Tensor]:
         """The state dict under the names of published CAT-Seg checkpoints, key for key."""
         return {catseg_name(k): v for k, v in self.state_dict().items()}
 
-    def load_catseg_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_published_state_dict(self, state: dict[str, Tensor]) -> None:
         """Load weights under CAT-Seg names. The window masks (``attn_mask``) are derived and need not be there.
 
         Raises:
             ValueError: entries that are missing, unknown or of another shape; the message names the first of each.
         """
-        own = {k: v for k, v in self.state_dict_catseg().items() if not k.endswith(".attn_mask")}
+        own = {k: v for k, v in self.published_state_dict().items() if not k.endswith(".attn_mask")}
         state = {k: v for k, v in state.items() if not k.endswith(".attn_mask")}
         check_same_entries(own, state)
         back = {theirs: ours for ours, theirs in CATSEG_PREFIXES.items()}
@@ -122,6 +123,20 @@ def build_segmentor(config: Config) -> Segmentor:
         raise ConfigError(f"system is '{config.system}'; expected catseg for a model of cost aggregation.")
     clip = load_clip(config.clip)
     return Segmentor(clip, config.model, num_templates=len(resolve_templates(config.clip.templates)))
+
+
+def build_model(config: Config) -> Segmentor | MaskSegmentor:
+    """The model of whichever system a config describes.
+
+    Raises:
+        ConfigError, CheckpointError: as :func:`build_segmentor` and
+            :func:`~infoclip.model.maftplus.build_mask_segmentor`.
+    """
+    if config.system == "catseg":
+        return build_segmentor(config)
+    from infoclip.model.maftplus import build_mask_segmentor
+
+    return build_mask_segmentor(config)
 
 
 def catseg_name(name: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from infoclip.config import Config
 from infoclip.errors import ConfigError
 from infoclip.recipes.coco import catseg_vitb16_coco, catseg_vitl14_coco, infoclip_vitb16_coco, infoclip_vitl14_coco
+from infoclip.recipes.masks import fcclip_base, fcclip_large, maftplus_base, maftplus_large
 from infoclip.recipes.scenes import scenes, scenes_finetune
 
 __all__ = ["RECIPES", "describe_recipe", "get_recipe", "list_recipes"]
@@ -19,6 +20,10 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "infoclip-vitl14-coco": infoclip_vitl14_coco,
     "catseg-vitb16-coco": catseg_vitb16_coco,
     "catseg-vitl14-coco": catseg_vitl14_coco,
+    "maftplus-base": maftplus_base,
+    "maftplus-large": maftplus_large,
+    "fcclip-base": fcclip_base,
+    "fcclip-large": fcclip_large,
 }
 
 

@@ -111,7 +111,7 @@ class MaskDecoder(nn.Module):
     def __init__(self, config: MaskConfig, embed_dim: int) -> None:
         super().__init__()
         dim, heads, layers = config.channels, config.attention_heads, config.decoder_layers
-        self.memory = config.memory_mode
+        self.memory = "fast"
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.transformer_self_attention_layers = nn.ModuleList(_SelfAttentionLayer(dim, heads) for _ in range(layers))
         self.transformer_cross_attention_layers = nn.ModuleList(_CrossAttentionLayer(dim, heads) for _ in range(layers))

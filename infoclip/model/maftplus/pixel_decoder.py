@@ -164,7 +164,7 @@ class PixelDecoder(nn.Module):
     def __init__(self, config: MaskConfig, widths: Sequence[int]) -> None:
         super().__init__()
         dim = config.channels
-        self.memory = config.memory_mode
+        self.memory = "fast"
         self.input_proj = nn.ModuleList(
             nn.Sequential(nn.Conv2d(width, dim, 1), _GroupNorm(dim)) for width in reversed(widths[1:])
         )

@@ -5,7 +5,7 @@ Sizes: ``Q`` proposals, ``T`` classes, ``N`` rows of text (all synonyms, and voi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from infoclip.model.maftplus.classifier import class_logits, mask_pooling
 from infoclip.model.maftplus.mask_decoder import MaskDecoder, Proposals
 from infoclip.model.maftplus.pixel_decoder import PixelDecoder
 from infoclip.model.maftplus.transfer import ContentDependentTransfer
+from infoclip.model.memory import MODES, check_memory
 from infoclip.model.state import check_same_entries
 from infoclip.objective.numerics import unit
 
@@ -85,9 +86,10 @@ class MaskSegmentor(nn.Module):
     it), and a :class:`Vocabulary` from :meth:`vocabulary`, for any class names. Out: :class:`MaskOutput`. What a user
     wants from an image (class scores, a panoptic map, instances) is in ``infoclip.model.maftplus.inference``.
 
-    The decoders see CLIP's features without passing a gradient to them: CLIP learns from ``clip_logits`` and ``dense``
-    alone (mask-aware loss, representation compensation). One pass through CLIP serves both; the published code makes
-    three.
+    With the transfer, the decoders see CLIP's features without passing a gradient to them: CLIP learns from
+    ``clip_logits`` and ``dense`` alone (mask-aware loss, representation compensation). One pass through CLIP serves
+    both; the published code makes three. Without it, a CLIP that learns does so through the decoders (plain
+    fine-tuning), and ``clip_logits`` pass no gradient.
 
     Args:
         clip: the CLIP with its ConvNeXt.
@@ -107,8 +109,29 @@ class MaskSegmentor(nn.Module):
             else None
         )
 
-    def vocabulary(self, classes: Sequence[str], templates: Sequence[str] | None = None) -> Vocabulary:
+    def use_memory(self, mode: str, class_chunk: int = 0) -> MaskSegmentor:
+        """Choose what the backward pass finds of CLIP's blocks and of the decoders' layers, and what it computes again
+        (:mod:`infoclip.model.memory`). Classes are not worked on one by one here: the chunk changes nothing.
+
+        Raises:
+            ValueError: another mode, or a negative chunk.
+        """
+        check_memory(mode, class_chunk)
+        self.clip.memory = self.pixel_decoder.memory = self.mask_decoder.memory = mode
+        return self
+
+    def vocabulary(
+        self,
+        classes: Sequence[str],
+        templates: Sequence[str] | None = None,
+        embed: Callable[[Sequence[str]], Tensor] | None = None,
+    ) -> Vocabulary:
         """The text of class names; ``"river, stream"`` is one class with two synonyms. No gradient reaches the text.
+
+        Args:
+            templates: prompt templates; by default CLIP's own.
+            embed: from names to embeddings [N, P, d] in place of CLIP's text tower and ``templates``: a
+                :class:`~infoclip.clip.TextBank`, which keeps them.
 
         Raises:
             infoclip.errors.DataError: no class, an empty name, or one that does not fit the context.
@@ -121,7 +144,7 @@ class MaskSegmentor(nn.Module):
             raise DataError(f"The class list cannot be used: {error}.") from error
         flat = [part for names in parts for part in names]
         with torch.no_grad():
-            features = self.clip.text_features(flat, templates)  # [N - 1, P, d]
+            features = embed(flat) if embed is not None else self.clip.text_features(flat, templates)  # [N - 1, P, d]
         return Vocabulary(unit(features.mean(dim=1)), tuple(map(len, parts)), tuple(classes))
 
     def text_classifier(self, vocabulary: Vocabulary) -> Tensor:  # -> [N, d]
@@ -142,10 +165,11 @@ class MaskSegmentor(nn.Module):
         with torch.set_grad_enabled(learns):
             features = self.clip.encode_image(image)
         text = self.text_classifier(vocabulary)
-        seen = features.detached()
+        seen = features if self.cdt is None else features.detached()
         mask_features, levels = self.pixel_decoder(seen[:4])
         proposals = self.mask_decoder(levels, mask_features, text, vocabulary.synonyms)
-        clip_logits = self.classify(features.dense, proposals[-1].masks, text, vocabulary.synonyms)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.cdt is not None):
+            clip_logits = self.classify(features.dense, proposals[-1].masks, text, vocabulary.synonyms)
         return MaskOutput(proposals, clip_logits, features.dense)
 
     def classify(
@@ -199,9 +223,11 @@ def build_mask_segmentor(config: Config) -> MaskSegmentor:
 
     if config.system == "catseg":
         raise ConfigError("system is 'catseg'; expected fcclip or maftplus for a model of mask proposals.")
-    clip = load_convnext_clip(config.clip, drop_path=config.mask.student_drop_path, memory=config.mask.memory_mode)
+    clip = load_convnext_clip(config.clip, drop_path=config.mask.student_drop_path)
     try:
-        return MaskSegmentor(clip, config.mask, transfer=config.system == "maftplus")
+        segmentor = MaskSegmentor(clip, config.mask, transfer=config.system == "maftplus")
+        mode = config.model.memory
+        return segmentor.use_memory(mode if mode in MODES else "fast", config.model.class_chunk)
     except ValueError as error:
         raise ConfigError(f"These model settings do not go together: {error}.") from error
 
