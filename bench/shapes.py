@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass
 
 from infoclip.clip.architecture import model_config
-from infoclip.clip.builtin import ASSET
 from infoclip.clip.templates import resolve_templates
 from infoclip.data.benchmarks import get_benchmark
 from infoclip.data.classes import load_classes
@@ -49,8 +48,7 @@ def shapes_of(recipe: str) -> Shapes:
         ConfigError: an unknown recipe.
     """
     config = get_recipe(recipe)
-    built_in = config.clip.model == "builtin:scenes"
-    clip, _ = model_config(str(ASSET / "config.json") if built_in else config.clip.model)
+    clip, _ = model_config(config.clip.model)
     grid = config.clip.image_size // clip["vision_cfg"]["patch_size"]
     return Shapes(
         batch=config.data.batch_size,

@@ -44,9 +44,10 @@ class ClipConfig:
     """The CLIP behind the segmentor (student and teacher start from the same weights)."""
 
     model: str = "ViT-B-16-quickgelu"
-    """open_clip architecture name, or the path of an open_clip model config (JSON)."""
+    """open_clip architecture name, the path of an open_clip model config (JSON), or a shipped CLIP: ``builtin:scenes``
+    (ViT), ``builtin:scenes-convnext``."""
     pretrained: str = "openai"
-    """open_clip weight tag, a local weight file, ``builtin:scenes`` (shipped), or empty for random weights."""
+    """open_clip weight tag, a local weight file, the shipped CLIP's name again, or empty for random weights."""
     tune: Literal["attention", "full", "frozen", "trunk"] = "attention"
     """What learns in CLIP: q and v projections of both towers (published), everything, nothing; of a ConvNeXt its stem
     and stages (MAFT+), or nothing (FC-CLIP; with ``trunk`` it is plain fine-tuning, by the losses of its masks)."""

@@ -626,7 +626,7 @@ def test_weight_files_run_no_code(tmp_path: Path) -> None:
         ({"model": "roberta-ViT-B-32"}, ConfigError, "text tower of its own kind"),
         ({"model": "coca_ViT-B-32"}, ConfigError, "text tower of its own kind"),
         ({"model": "missing.json"}, ConfigError, "Cannot read the CLIP model config missing.json"),
-        ({"model": "builtin:other"}, ConfigError, "only built-in CLIP is builtin:scenes"),
+        ({"model": "builtin:other"}, ConfigError, "built-in ones are builtin:scenes and builtin:scenes-convnext"),
         ({"model": "ViT-B-16", "pretrained": "builtin:scenes"}, ConfigError, "use clip.model=builtin:scenes"),
         ({"model": "ViT-B-16-quickgelu", "pretrained": "opanai"}, CheckpointError, "did you mean 'openai'"),
         ({"model": "ViT-B-16", "pretrained": "/no/file.pt"}, CheckpointError, "neither a weight file nor"),

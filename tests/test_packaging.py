@@ -28,6 +28,11 @@ assert "without CUDA" in native.why_not("cuda")
 image, text = torch.randn(2, 33, 16), torch.randn(5, 2, 16)
 difference = cost_volume(image, text, backend="native") - cost_volume(image, text, backend="reference")
 assert difference.abs().max() < 1e-6
+from infoclip.clip import load_convnext_clip
+from infoclip.config import ClipConfig
+name = "builtin:scenes-convnext"
+clip = load_convnext_clip(ClipConfig(model=name, pretrained=name, tune="frozen", templates="scenes"))
+assert clip.encode_image(torch.zeros(1, 3, 96, 96)).dense.shape == (1, 160, 12, 12)
 print(len(load_classes("ade20k_150")))
 """
 
@@ -74,7 +79,8 @@ def test_wheel_from_sdist_runs_with_the_source_hidden(tmp_path):
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"infoclip/py.typed", "infoclip/kernels/cost_volume/op.py", "infoclip/data/classes/ade20k_150.json"} <= names
-    assert "infoclip/assets/scenes_clip/model.safetensors" in names
+    for folder in ("scenes_clip", "scenes_convnext"):
+        assert f"infoclip/assets/{folder}/model.safetensors" in names
     assert any(name.startswith("infoclip/_C.") for name in names)
     assert not [name for name in names if name.startswith(("tests/", "bench/", "kernels/", "csrc/"))]
     target = tmp_path / "site"

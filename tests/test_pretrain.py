@@ -15,12 +15,13 @@ from torch import Tensor
 
 from infoclip import pretrain as P
 from infoclip.clip import DenseCLIP, load_clip
-from infoclip.clip.builtin import ASSET, BuiltinClip, WordTokenizer, builtin_scenes, read_scenes_clip
+from infoclip.clip.builtin import ASSETS, BuiltinClip, WordTokenizer, builtin_scenes, read_scenes_clip
 from infoclip.clip.templates import resolve_templates
 from infoclip.config import ClipConfig
 from infoclip.data.scenes import OBJECT_CLASSES, SCENE_CLASSES, render_scenes
 from infoclip.errors import CheckpointError, ConfigError, DataError, InfoclipWarning, NonFiniteLossError, StorageError
 
+ASSET = ASSETS["scenes"]
 TINY = P.PretrainConfig(steps=4, batch_size=16, eval_every=2, eval_images=4, large_share=0.25)
 
 

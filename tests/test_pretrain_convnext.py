@@ -16,8 +16,12 @@ from typer.testing import CliRunner
 
 from infoclip import pretrain_convnext as C
 from infoclip.cli import app
-from infoclip.clip.builtin import builtin_scenes
+from infoclip.clip import load_convnext_clip
+from infoclip.clip.builtin import ASSETS, BuiltinClip, builtin_scenes
+from infoclip.config import ClipConfig
+from infoclip.data.scenes import OBJECT_CLASSES
 from infoclip.errors import CheckpointError, ConfigError, DataError
+from infoclip.pretrain import EvaluationSets, normalise
 
 TINY = C.ConvNeXtPretrainConfig(steps=3, batch_size=8, eval_every=2, eval_images=6, large_share=0.34)
 
@@ -51,6 +55,64 @@ def test_the_folder_is_an_open_clip_model(made: Path) -> None:
     log = [json.loads(line) for line in (made / "log.jsonl").read_text().splitlines()]
     assert log[-1]["accuracy"] == provenance["metrics"]["accuracy"]
     assert sum(path.stat().st_size for path in made.rglob("*")) < 6_000_000
+
+
+# What ships
+
+NAME = "builtin:scenes-convnext"
+
+
+@pytest.fixture(scope="module")
+def shipped() -> BuiltinClip:
+    return builtin_scenes("scenes-convnext")
+
+
+def test_the_shipped_folder_says_how_it_was_made() -> None:
+    folder = ASSETS["scenes-convnext"]
+    provenance = json.loads((folder / "PROVENANCE.json").read_text())
+    assert provenance["command"] == "infoclip pretrain scenes-convnext --out DIR --seed 0"
+    assert provenance["config"] == vars(C.ConvNeXtPretrainConfig())
+    assert json.loads((folder / "config.json").read_text()) == C.convnext_model_config()
+    assert json.loads((folder / "trunk" / "config.json").read_text()) == C.TRUNK
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 6_000_000
+
+
+def test_the_shipped_figures_are_found_again(shipped: BuiltinClip) -> None:
+    wanted = json.loads((ASSETS["scenes-convnext"] / "PROVENANCE.json").read_text())["metrics"]
+    found = C.evaluate_scenes_convnext(shipped.model, EvaluationSets(), shipped.tokenizer)
+    # another convolution's rounding may turn a picture (1 of 128), an object (1 of 323) or some pixels at an edge
+    room = {"accuracy": 0.8, "pooled/objects": 0.4}
+    for key, value in wanted.items():
+        assert found[key] == pytest.approx(value, abs=room.get(key, 0.2)), key
+
+
+def test_figures_need_the_right_words(shipped: BuiltinClip) -> None:
+    """The negative control of the test above."""
+
+    def turned(texts: list[str]) -> Tensor:
+        return shipped.tokenizer([*texts[7:], *texts[:7]])
+
+    found = C.evaluate_scenes_convnext(shipped.model, EvaluationSets(16), turned)  # type: ignore[arg-type]
+    assert found["accuracy"] < 20
+    assert found["pooled/objects"] < 20
+
+
+def test_recipes_load_it_by_name(shipped: BuiltinClip) -> None:
+    settings = ClipConfig(model=NAME, pretrained=NAME, tune="frozen", image_size=96, templates="scenes")
+    clip = load_convnext_clip(settings)
+    image = normalise(EvaluationSets(4).single.images)
+    with torch.no_grad():
+        assert [tuple(x.shape[1:]) for x in clip.encode_image(image)] == [
+            (40, 24, 24), (96, 12, 12), (128, 12, 12), (160, 12, 12), (160, 12, 12)
+        ]  # fmt: skip
+        torch.testing.assert_close(clip.encode_global(image), shipped.model.encode_image(image), rtol=1e-5, atol=1e-5)
+        assert clip.text_features(list(OBJECT_CLASSES)).shape == (48, 1, 128)
+    assert clip.mean == pytest.approx(shipped.mean)
+    random = load_convnext_clip(ClipConfig(model=NAME, pretrained="", tune="frozen", templates="scenes"))
+    assert random.arch == clip.arch
+    assert not torch.equal(random.visual.head.proj.weight, clip.visual.head.proj.weight)  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"use clip\.model=builtin:scenes-convnext"):
+        load_convnext_clip(ClipConfig(model="convnext_base_w_320", pretrained=NAME, tune="frozen"))
 
 
 def test_words_mean_what_they_mean_to_the_vit_clip(made: Path) -> None:

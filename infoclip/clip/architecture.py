@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import nn
 
+from infoclip.clip.builtin import builtin_file
 from infoclip.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -139,8 +140,9 @@ def model_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read the open_clip model config of an architecture name or of a JSON file.
 
     Args:
-        name: a name of ``open_clip.list_models()``, or the path of a JSON file in the layout of open_clip's
-            ``model_configs`` (also the hub's ``open_clip_config.json``, with ``model_cfg`` and ``preprocess_cfg``).
+        name: a name of ``open_clip.list_models()``, the path of a JSON file in the layout of open_clip's
+            ``model_configs`` (also the hub's ``open_clip_config.json``, with ``model_cfg`` and ``preprocess_cfg``), or
+            the ``builtin:NAME`` of a shipped CLIP.
 
     Returns:
         The model config, and the preprocessing config (``mean``, ``std``; empty where none is given).
@@ -148,6 +150,7 @@ def model_config(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         ConfigError: an unknown name (with the nearest match), or a file that is no model config.
     """
+    name = builtin_file(name, "config.json")
     if name.endswith(".json"):
         return _read_json(Path(name))
     import open_clip
@@ -244,7 +247,8 @@ def convnext_architecture_of(
     """The architecture of an open_clip model whose image encoder was built from ``vision_cfg``.
 
     Raises:
-        ConfigError: an image encoder that is no ConvNeXt at strides 4, 8, 16 and 32 with a linear or MLP head.
+        ConfigError: an image encoder that is no ConvNeXt at strides 4, 8, 16 and 32 (or less, dilated) with a linear or
+            MLP head.
     """
     from open_clip.timm_model import TimmModel
     from timm.models.convnext import ConvNeXt
@@ -255,7 +259,7 @@ def convnext_architecture_of(
         raise _unsupported(name, f"a {kind} image encoder", _CONVNEXT)
     trunk: Any = visual.trunk
     strides = [info["reduction"] for info in trunk.feature_info]
-    if strides != [4, 8, 16, 32]:
+    if strides[0] != 4 or sorted(strides) != strides or strides[-1] > 32:
         raise _unsupported(name, f"maps at strides {strides}", _CONVNEXT)
     norm = getattr(trunk.head, "norm", None)
     plain = isinstance(trunk.head.fc, nn.Identity) and not getattr(trunk.head, "hidden_size", None)

@@ -1,7 +1,8 @@
-"""The tiny CLIP that ships with the package, and the word tokenizer that belongs to it.
+"""The tiny CLIPs that ship with the package, and the word tokenizer that belongs to them.
 
-``infoclip/assets/scenes_clip`` is the output of ``infoclip pretrain scenes`` as it stands: an open_clip model config,
-weights as float16 safetensors in open_clip's layout, the vocabulary, how it was made and the log of the training.
+``builtin:scenes`` is the output of ``infoclip pretrain scenes`` as it stands, ``builtin:scenes-convnext`` that of
+``infoclip pretrain scenes-convnext``: an open_clip model config (with timm's config of a ConvNeXt beside it), weights
+as float16 safetensors in open_clip's layout, the vocabulary, how it was made and the log of the training.
 """
 
 from __future__ import annotations
@@ -16,15 +17,20 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from infoclip.errors import CheckpointError, InfoclipWarning
+from infoclip.errors import CheckpointError, ConfigError, InfoclipWarning
 
 if TYPE_CHECKING:
     import open_clip
 
-__all__ = ["ASSET", "BuiltinClip", "WordTokenizer", "builtin_scenes", "read_scenes_clip"]
+__all__ = ["ASSETS", "PREFIX", "BuiltinClip", "WordTokenizer", "builtin_file", "builtin_scenes", "read_scenes_clip"]
 
-ASSET = Path(__file__).resolve().parent.parent / "assets" / "scenes_clip"
-"""Folder of the shipped checkpoint."""
+_FOLDER = Path(__file__).resolve().parent.parent / "assets"
+
+ASSETS = {"scenes": _FOLDER / "scenes_clip", "scenes-convnext": _FOLDER / "scenes_convnext"}
+"""Folders of the shipped checkpoints."""
+
+PREFIX = "builtin:"
+"""What the names of shipped checkpoints begin with in settings."""
 
 PAD, UNKNOWN, START, END = "<pad>", "<unk>", "<start>", "<end>"
 
@@ -101,17 +107,31 @@ class BuiltinClip(NamedTuple):
     std: tuple[float, float, float]
 
 
-def builtin_scenes() -> BuiltinClip:
-    """The shipped CLIP of the scenes, float32, in evaluation mode.
+def builtin_file(name: str, file: str) -> str:
+    """The path of a shipped CLIP's file where ``name`` is ``builtin:NAME``; any other name as it is.
+
+    Raises:
+        ConfigError: no such CLIP.
+    """
+    if not name.startswith(PREFIX):
+        return name
+    if name.removeprefix(PREFIX) not in ASSETS:
+        known = " and ".join(PREFIX + key for key in ASSETS)
+        raise ConfigError(f"There is no built-in CLIP '{name}'; the built-in ones are {known}.")
+    return str(ASSETS[name.removeprefix(PREFIX)] / file)
+
+
+def builtin_scenes(name: str = "scenes") -> BuiltinClip:
+    """A shipped CLIP of the scenes, float32, in evaluation mode: ``scenes`` (ViT) or ``scenes-convnext``.
 
     Raises:
         CheckpointError: the package's files are missing or damaged.
     """
-    return read_scenes_clip(ASSET)
+    return read_scenes_clip(ASSETS[name])
 
 
 def read_scenes_clip(directory: str | Path) -> BuiltinClip:
-    """Load a folder that ``infoclip pretrain scenes`` wrote.
+    """Load a folder that ``infoclip pretrain scenes`` or ``scenes-convnext`` wrote.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the files do not belong together.
@@ -119,18 +139,21 @@ def read_scenes_clip(directory: str | Path) -> BuiltinClip:
     import open_clip
     from safetensors.torch import load_file
 
+    from infoclip.clip.architecture import model_config
+
     directory = Path(directory)
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        (directory / "config.json").stat()  # a missing one is named as such
+        config, preprocess = model_config(str(directory / "config.json"))
         vocabulary = json.loads((directory / "vocabulary.json").read_text(encoding="utf-8"))
         state = load_file(directory / "model.safetensors")
         with torch.random.fork_rng(devices=[]):  # building draws weights; the caller's generator is left alone
-            model = open_clip.CLIP(**config["model_cfg"])
+            model = open_clip.CLIP(**config)
         model.load_state_dict({key: value.float() for key, value in state.items()})
         tokenizer = WordTokenizer(vocabulary, model.context_length)
         if tokenizer.vocab_size != model.vocab_size:
             raise ValueError(f"{tokenizer.vocab_size} words for {model.vocab_size} embeddings")
-        mean, std = (tuple(float(x) for x in config["preprocess_cfg"][key]) for key in ("mean", "std"))
+        mean, std = (tuple(float(x) for x in preprocess[key]) for key in ("mean", "std"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{error.filename} is missing: {directory} is no complete CLIP of the scenes; "

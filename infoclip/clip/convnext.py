@@ -1,4 +1,8 @@
-"""CLIP with a ConvNeXt: maps at strides 4 to 32, and the joint embedding of a pixel or a mask (FC-CLIP, section 3)."""
+"""CLIP with a ConvNeXt: maps at strides 4 to 32, and the joint embedding of a pixel or a mask (FC-CLIP, section 3).
+
+Shapes are given for the published strides 4, 8, 16 and 32. An encoder with a smaller ``output_stride`` (timm's dilated
+form; the scenes' has 4, 8, 8, 8) gives larger maps and nothing else changes.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["STRIDE", "ConvNeXtCLIP", "ConvNeXtFeatures"]
 
 STRIDE = 32
-"""Of the coarsest map; sides of images are multiples of it."""
+"""Of the coarsest map as published; sides of images are multiples of it, whatever the encoder's own."""
 
 
 class ConvNeXtFeatures(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import os
@@ -18,11 +19,11 @@ from torch import Tensor
 from infoclip.clip.architecture import (
     Architecture,
     TextArchitecture,
-    architecture_of,
     model_config,
     read_architecture,
     read_convnext,
 )
+from infoclip.clip.builtin import PREFIX, builtin_file
 from infoclip.clip.convnext import ConvNeXtCLIP
 from infoclip.clip.dense import DenseCLIP
 from infoclip.clip.templates import resolve_templates
@@ -33,15 +34,13 @@ from infoclip.errors import CheckpointError, ConfigError
 
 __all__ = ["load_clip", "load_convnext_clip"]
 
-_BUILTIN = "builtin:"
-
 
 def load_clip(config: ClipConfig) -> DenseCLIP:
     """Build the CLIP that the settings name, with its weights and its tuning policy.
 
-    ``config.model`` is an open_clip architecture, the path of an open_clip model config (JSON) or ``builtin:scenes``;
-    ``config.pretrained`` is one of that architecture's tags in open_clip, a local weight file, ``builtin:scenes``, or
-    empty for random weights (drawn from torch's global generator).
+    ``config.model`` is an open_clip architecture, the path of an open_clip model config (JSON) or the name of a shipped
+    CLIP, ``builtin:scenes``; ``config.pretrained`` is one of that architecture's tags in open_clip, a local weight
+    file, that name again, or empty for random weights (drawn from torch's global generator).
 
     Raises:
         ConfigError: an unknown architecture, an unsupported one, or weights trained with the other activation
@@ -55,10 +54,11 @@ def load_clip(config: ClipConfig) -> DenseCLIP:
         "guidance_layers": config.guidance_layers,
         "templates": resolve_templates(config.templates),
     }
-    if config.model.startswith(_BUILTIN) or config.pretrained.startswith(_BUILTIN):
-        clip = _load_builtin(config, options)
-    else:
-        clip = _load_open_clip(config, options)
+    config = _with_files(config)
+    model, preprocess = model_config(config.model)
+    arch = read_architecture(model, config.model)
+    stored, more = _weights_of(config, model, arch, preprocess)
+    clip = _build(arch, config, stored, options | more)
     clip.parameter_policy(config.tune, config.tune_positions)
     return clip
 
@@ -66,11 +66,11 @@ def load_clip(config: ClipConfig) -> DenseCLIP:
 def load_convnext_clip(config: ClipConfig, **options: Any) -> ConvNeXtCLIP:
     """Build the CLIP with a ConvNeXt that the settings name, with its weights and its tuning policy.
 
-    ``config.model`` and ``config.pretrained`` are as :func:`load_clip`'s. A model config (JSON) may describe any
-    ConvNeXt of timm: a name that timm knows as ``timm_model_name``, or ``local-dir:FOLDER`` beside a ``config.json`` of
-    timm (``{"architecture": "convnext_atto", "pretrained_cfg": {}, "model_args": {"depths": [...], "dims": [...]}}``);
-    the folder may be
-    relative to the model config.
+    ``config.model`` and ``config.pretrained`` are as :func:`load_clip`'s; the shipped one is
+    ``builtin:scenes-convnext``. A model config (JSON) may describe any ConvNeXt of timm: a name that timm knows as
+    ``timm_model_name``, or ``local-dir:FOLDER`` beside a ``config.json`` of timm (``{"architecture": "convnext_atto",
+    "pretrained_cfg": {}, "model_args": {"depths": [...], "dims": [...]}}``); the folder may be relative to the model
+    config.
 
     Args:
         options: ``drop_path`` of :class:`~infoclip.clip.convnext.ConvNeXtCLIP`.
@@ -78,6 +78,7 @@ def load_convnext_clip(config: ClipConfig, **options: Any) -> ConvNeXtCLIP:
     Raises:
         ConfigError, CheckpointError: as :func:`load_clip`, and for a CLIP with another image encoder.
     """
+    config = _with_files(config)
     model, preprocess = model_config(config.model)
     arch = read_convnext(model, config.model)
     stored, more = _weights_of(config, model, arch, preprocess)
@@ -93,31 +94,15 @@ def load_convnext_clip(config: ClipConfig, **options: Any) -> ConvNeXtCLIP:
     return clip
 
 
-def _load_builtin(config: ClipConfig, options: dict[str, Any]) -> DenseCLIP:
-    for key, value in (("model", config.model), ("pretrained", config.pretrained)):
-        if value.startswith(_BUILTIN) and value != "builtin:scenes":
-            raise ConfigError(f"clip.{key} is '{value}'; the only built-in CLIP is builtin:scenes.")
-    if config.model != "builtin:scenes":
+def _with_files(config: ClipConfig) -> ClipConfig:
+    """The settings with the files of a shipped CLIP in the place of its name."""
+    pretrained = builtin_file(config.pretrained, "model.safetensors")
+    if config.pretrained.startswith(PREFIX) and config.model != config.pretrained:
         raise ConfigError(
-            f"The weights builtin:scenes do not belong to the architecture '{config.model}'; "
-            "use clip.model=builtin:scenes."
+            f"The weights {config.pretrained} do not belong to the architecture '{config.model}'; "
+            f"use clip.model={config.pretrained}."
         )
-    from infoclip.clip.builtin import builtin_scenes
-
-    builtin = builtin_scenes()
-    options |= {"tokenizer": builtin.tokenizer, "mean": builtin.mean, "std": builtin.std}
-    if config.pretrained == "builtin:scenes":
-        return DenseCLIP.from_open_clip(builtin.model, **options)
-    arch = architecture_of(builtin.model, config.model)
-    stored = read_weights(Path(config.pretrained).expanduser()) if config.pretrained else None
-    return _build(arch, config, stored, options)
-
-
-def _load_open_clip(config: ClipConfig, options: dict[str, Any]) -> DenseCLIP:
-    model, preprocess = model_config(config.model)
-    arch = read_architecture(model, config.model)
-    stored, more = _weights_of(config, model, arch, preprocess)
-    return _build(arch, config, stored, options | more)
+    return dataclasses.replace(config, model=builtin_file(config.model, "config.json"), pretrained=pretrained)
 
 
 def _weights_of(
