@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from infoclip.config import EvalConfig
 from infoclip.model.inference import (
+    best_class,
     normalize,
     plain_scores,
     predict_labels,
@@ -223,6 +224,17 @@ def test_labels_are_those_of_the_best_scores(sliding: bool, classes: int, monkey
         assert torch.equal(got[1], labels)
         assert torch.equal(predict_scores(segmentor, image, text, config).max(dim=0).indices, labels)
     assert len(labels.unique()) > 1
+
+
+@pytest.mark.parametrize("classes", [1, 7])
+def test_the_best_class_is_that_of_all_maps_at_once(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from infoclip.model import inference
+
+    logits = torch.randn(classes, 5, 6)
+    want = F.interpolate(logits[:, None], size=(20, 31), mode="bilinear", align_corners=False)[:, 0].argmax(dim=0)
+    for size in (2**28, 2**14, 1):
+        monkeypatch.setitem(inference._CHUNK_BYTES, "cpu", size)
+        assert torch.equal(best_class(logits, (20, 31)), want)
 
 
 def test_labels_where_every_view_leaves_a_class_out() -> None:

@@ -188,3 +188,18 @@ def test_foreign_weights(saved: Path) -> None:
     refuse(saved, "entries are missing")
     save_file({"a": torch.zeros(2)}, saved / "model.safetensors", metadata={"infoclip": "scenes-clip"})
     refuse(saved, "holds 'scenes-clip' weights; expected a segmentor")
+
+
+def test_weights_of_the_cpu_are_written_where_they_lie() -> None:
+    """No second copy of a model is made to write it; what shares memory or has another type or layout is copied."""
+    from infoclip.model.checkpoint import _storable
+
+    x = torch.randn(4, 6)
+    assert _storable(x).data_ptr() == x.data_ptr()
+    for other in (x[:2], x.T, x.bfloat16(), x.double()):
+        y = _storable(other)
+        assert y.dtype == torch.float32
+        assert y.is_contiguous()
+        assert y.untyped_storage().nbytes() == 4 * y.numel()
+        assert y.data_ptr() != x.data_ptr()
+        assert torch.equal(y, other.float())

@@ -10,7 +10,14 @@ from small_models import small_segmentor
 from torch import nn
 
 from infoclip.config import OptimConfig
-from infoclip.engine.optim import build_optimizer, clip_gradients, lr_factor, parameter_groups, set_learning_rate
+from infoclip.engine.optim import (
+    allocate_moments,
+    build_optimizer,
+    clip_gradients,
+    lr_factor,
+    parameter_groups,
+    set_learning_rate,
+)
 
 
 class Objective(nn.Module):
@@ -164,3 +171,29 @@ def test_clipping_shows_what_is_not_finite() -> None:
     groups = toy_groups()
     groups[0]["params"][0].grad[0] = math.nan
     assert math.isnan(clip_gradients(groups, 1.0)["joint"].item())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_moments_made_before_the_first_step_are_those_that_it_makes(fused: bool) -> None:
+    ends = []
+    for early in (False, True):
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(2)), nn.Parameter(torch.randn(4))]
+        optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=fused)
+        if early:
+            allocate_moments(optimizer)
+            kept = [optimizer.state[p]["exp_avg"] for p in parameters]
+            allocate_moments(optimizer)  # those that are there stay
+            assert all(optimizer.state[p]["exp_avg"] is x for p, x in zip(parameters, kept, strict=True))
+        for step in range(3):
+            for i, p in enumerate(parameters):
+                p.grad = torch.randn_like(p) if i < 2 or step else None  # one that learns later
+            optimizer.step()
+        ends.append((parameters, [optimizer.state[p] for p in parameters]))
+    for a, b in zip(ends[0][0], ends[1][0], strict=True):
+        assert torch.equal(a, b)
+    for one, other in zip(ends[0][1], ends[1][1], strict=True):
+        assert one.keys() == other.keys()
+        for name, x in one.items():
+            assert (x.dtype, x.device) == (other[name].dtype, other[name].device)
+            assert torch.equal(x, other[name])

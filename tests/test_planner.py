@@ -249,6 +249,42 @@ def test_other_errors_are_not_taken_for_a_shortage(data: Path, tmp_path: Path, m
         train(tiny_config(data, steps=1), tmp_path / "run", progress=False)
 
 
+def test_out_of_memory_for_the_moments_is_one_sentence_before_anything(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(optimizer: object) -> None:
+        raise SHORTAGES[1]
+
+    monkeypatch.setattr(engine, "allocate_moments", fail)
+    with pytest.raises(OutOfMemoryError, match=r"moments .*which no leaner setting makes smaller.*clip\.tune"):
+        train(tiny_config(data, steps=1), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("error", SHORTAGES, ids=["cuda", "cpu"])
+def test_out_of_memory_in_the_update_keeps_the_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """The weights may be half new: the run stops, and goes on from its checkpoint to the same bits."""
+    config = tiny_config(data, INFOCLIP, steps=4)
+    train(config, tmp_path / "whole", progress=False)
+    update, left = torch.optim.AdamW.step, [3]
+
+    def fail(self: Any, *args: Any) -> Any:
+        update(self, *args)
+        if not left[0]:
+            raise error
+        left[0] -= 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", fail)
+        with pytest.raises(OutOfMemoryError, match=r"step 4, which is not kept.*step_000003 with --resume"):
+            train(config, tmp_path / "cut", progress=False)
+    train(config, tmp_path / "cut", resume=True, progress=False)
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 # A run with a budget
 
 

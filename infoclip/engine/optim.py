@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from infoclip.config import OptimConfig
 
 __all__ = [
+    "allocate_moments",
     "build_optimizer",
     "clip_gradients",
     "group_parameters",
@@ -22,6 +23,8 @@ __all__ = [
 
 KINDS = ("head", "clip", "lpam")
 """What a parameter belongs to: aggregator, decoder and up-samplers; the CLIP student; the alignment module."""
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 _NORMS = (
     nn.LayerNorm,
@@ -117,6 +120,20 @@ def build_optimizer(segmentor: nn.Module, objective: nn.Module | None, config: O
         group["initial_lr"] = group["lr"]
         group["names"] = parameter_names
     return optimizer
+
+
+def allocate_moments(optimizer: torch.optim.AdamW) -> None:
+    """Make the moments that AdamW would make in its first step, as zeros; those that are there stay.
+
+    Memory that does not suffice is then found before anything is learnt, not between the updates of two groups, and
+    the first step takes as much as those that follow. The bits of a run are the same.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if not optimizer.state[p]:
+                moments = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in _MOMENTS}
+                place = p.device if group["fused"] or group["capturable"] else None
+                optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=place), **moments}
 
 
 def lr_factor(

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from infoclip.budget import format_bytes
@@ -35,7 +34,7 @@ from infoclip.data.transforms import derive_seed, training_transform
 from infoclip.engine import checkpoint as ckpt
 from infoclip.engine.environment import collect_environment, peak_memory_mib
 from infoclip.engine.log import ProgressLine, RunLog
-from infoclip.engine.optim import build_optimizer, clip_gradients, lr_factor, set_learning_rate
+from infoclip.engine.optim import allocate_moments, build_optimizer, clip_gradients, lr_factor, set_learning_rate
 from infoclip.engine.planner import PROMPTS, Plan, Settings, budget_of, couples, lower, make_plan
 from infoclip.errors import (
     CheckpointError,
@@ -262,6 +261,8 @@ class _Run:
         config, total = self.config, self.config.train.steps
         model_dir = self.out / "model"
         self._restore_or_plan()
+        if self.step < total:
+            self._allocate()
         self._write_heads()
         assert self.loader is not None
         if self.plan is not None and progress and self.step < total:
@@ -340,7 +341,7 @@ class _Run:
         norms = clip_gradients(self.optimizer.param_groups, config.optim.clip_grad_norm, config.optim.clip_grad)
         self.norms = {**by_kind, **norms}
         self._watch(totals["loss"], norms)
-        self.optimizer.step()
+        self._update()
         for name, value in totals.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + 1
@@ -395,6 +396,34 @@ class _Run:
                 pixels = float(labelled[start : start + size].sum() / labelled.sum().clamp_min(1))
             divided.append((part, images, pixels))
         return divided
+
+    def _allocate(self) -> None:
+        """The optimiser's moments, before the first step rather than in its middle."""
+        learnt = sum(p.numel() * p.element_size() for group in self.optimizer.param_groups for p in group["params"])
+        try:
+            allocate_moments(self.optimizer)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _is_shortage(error):
+                raise
+            raise OutOfMemoryError(
+                f"Out of memory for the optimiser's moments ({format_bytes(2 * learnt)}), which no leaner setting "
+                f"makes smaller; free memory on {self.device}, or train less of the model (clip.tune)."
+            ) from error
+
+    def _update(self) -> None:
+        """The optimiser's step. It allocates nothing that lasts; where even so memory runs out, some groups of
+        parameters may be new and others not, so that the step cannot be repeated."""
+        try:
+            self.optimizer.step()
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _is_shortage(error):
+                raise
+            found = ckpt.latest_checkpoint(self.checkpoints)
+            kept = f"continue from {found[1]} with --resume" if found else "start again: there is no checkpoint yet"
+            raise OutOfMemoryError(
+                f"Out of memory while the optimiser changed the weights at step {self.step + 1}, which is not kept; "
+                f"free memory on {self.device} or choose a lower model.memory, and {kept}."
+            ) from error
 
     def _step_down(self, shortage: str, classes: int) -> None:
         """After running out of memory: the next lower settings, with a warning and a line in the log."""
@@ -465,7 +494,7 @@ class _Run:
     def _forward(self, batch: dict[str, Any], text: Tensor, chosen: Tensor | None) -> tuple[dict[str, Tensor], Any]:
         """The losses of a batch by name (``loss`` is their sum), and a function that draws it."""
         from infoclip.kernels.upsample_bce import upsample_bce
-        from infoclip.model.inference import preprocess
+        from infoclip.model.inference import best_class, preprocess
 
         config, ignore = self.config, self.ignore_index
         mask = batch["mask"]
@@ -495,9 +524,7 @@ class _Run:
         first = output.logits[:4].detach()
 
         def draw() -> Any:
-            size = batch["mask"].shape[-2:]
-            logits = F.interpolate(first.float(), size=size, mode="bilinear", align_corners=False)
-            guess = logits.argmax(dim=1).cpu()
+            guess = torch.stack([best_class(x.float(), batch["mask"].shape[-2:]) for x in first]).cpu()
             # indices of the whole list, so that a class keeps its colour from step to step
             return _panel(batch["image"], batch["mask"], guess if chosen is None else chosen[guess], self.classes)
 

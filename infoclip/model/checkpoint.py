@@ -159,8 +159,10 @@ def _copy_architecture(model: Path, directory: Path) -> None:
 
 
 def _storable(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
-    return tensor.clone(memory_format=torch.contiguous_format)  # no memory shared between entries
+    """As the file holds it: itself where it is that already, so that writing a model of the CPU takes no memory."""
+    tensor = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype).contiguous()
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone()  # no memory shared between entries
 
 
 def _with_copies(clip: ClipConfig, directory: Path) -> ClipConfig:

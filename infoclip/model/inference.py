@@ -12,7 +12,7 @@ Sizes: ``T`` classes, ``P`` prompts, ``V`` views, ``S`` the encoder's input side
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from infoclip.model.segmentor import Segmentor
 
 __all__ = [
+    "best_class",
     "evaluating",
     "normalize",
     "plain_scores",
@@ -144,10 +145,33 @@ def predict_labels(
     others = torch.ones(text.shape[-3], dtype=torch.bool, device=device)
     others[chosen] = False
     chosen = torch.cat([chosen, others.nonzero()[:1, 0]]).sort().values
-    best = torch.full(tuple(image.shape[-2:]), -torch.inf, device=device)
+    parts = chosen.split(max(1, _CHUNK_BYTES[device.type] // per_class))
+    scores = ((classes, merge([view.take(classes) for view in views])) for classes in parts)
+    return _best(scores, image.shape[-2:], device)
+
+
+@torch.no_grad()
+def best_class(
+    logits: Tensor,  # [T, h, w] float32
+    size: Sequence[int],  # (H, W)
+) -> Tensor:  # [H, W] int64
+    """The class with the largest logit at every pixel after bilinear resizing, a bounded number of maps at a time."""
+    step = max(1, _CHUNK_BYTES["cpu"] // (8 * size[0] * size[1]))
+    parts = torch.arange(len(logits), device=logits.device).split(step)
+    return _best(((classes, _resize_maps(logits[classes], size)) for classes in parts), size, logits.device)[1]
+
+
+def _best(
+    chunks: Iterable[tuple[Tensor, Tensor]],  # classes [n] in ascending order, their scores [n, H, W]
+    size: Sequence[int],
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:  # [H, W] float32, [H, W] int64
+    """The best score of every pixel and the class that has it, the first of several."""
+    best = torch.full(tuple(size), -torch.inf, device=device)
     labels = torch.zeros(best.shape, dtype=torch.int64, device=device)
-    for classes in chosen.split(max(1, _CHUNK_BYTES[device.type] // per_class)):
-        value, index = merge([view.take(classes) for view in views]).max(dim=0)
+    for classes, scores in chunks:
+        value, index = scores.max(dim=0)
+        del scores
         better = value > best
         best = torch.where(better, value, best)
         labels = torch.where(better, classes[index], labels)
