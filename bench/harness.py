@@ -43,8 +43,9 @@ class Case:
     sizes: Sizes
     published: bool = False
     """The size that stands for the op in summaries."""
-    large: bool = False
-    """Too large for the reference: measured once, in the process that reads its memory, values unchecked."""
+    once: tuple[str, ...] = ()
+    """Backends that take it, once each, in the process that reads its memory, values unchecked: a case too large for
+    rounds, or for the others. Empty: all of them, in rounds."""
     series: str = ""
     """Cases of one series differ in ``n`` alone and become a line in the plots."""
     n: int = 0
@@ -221,18 +222,23 @@ def check(placed: Placed, backend: str, dtype: str) -> None:
 def calibrated(
     step: Callable[[], Any], device: str, budget: float = 1.5, most: int = 40
 ) -> tuple[Callable[[], Any], int]:
-    """The step with its device waited for, warm, and how many rounds of it fit the budget (seconds): at least 5."""
+    """The step with its device waited for, warm, and how many rounds of it fit the budget (seconds): at least 5.
+
+    A step of a second or more is warm after one call.
+    """
 
     def waited() -> None:
         step()
         if device == "cuda":
             torch.cuda.synchronize()
 
-    waited()
-    waited()
-    start = time.perf_counter()
-    waited()
-    return waited, max(5, min(most, int(budget / max(time.perf_counter() - start, 1e-9))))
+    for _ in range(3):
+        start = time.perf_counter()
+        waited()
+        seconds = time.perf_counter() - start
+        if seconds >= 1:
+            break
+    return waited, max(5, min(most, int(budget / max(seconds, 1e-9))))
 
 
 # The table ------------------------------------------------------------------------------------------------------------
@@ -256,7 +262,7 @@ def rows_of(benchmarks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Times in ms at the 20, 50 and 80 % quantiles; ``ratio`` to the reference and ``bf16_ratio`` to the same backend in
     float32, of medians; ``share`` of the floor, which is the larger of bytes over copy bandwidth and operations over
-    matrix rate; peak and bound in bytes, beside "both". A large case has one round; what was not timed has None.
+    matrix rate; peak and bound in bytes, beside "both". What was not timed has None.
     """
     rates = rates_of(benchmarks)
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -278,8 +284,8 @@ def rows_of(benchmarks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for key, x in memory.items():
         if key not in rows:
             facts = {name: x[name] for name in ("published", "series", "n", "flop", "bytes", "arithmetic")}
-            # The one pass of a case that was too large for rounds; others were timed elsewhere, or not at all.
-            once = 1e3 * x["seconds"] if x["large"] else None
+            # The one pass of a case that is too large for rounds; others were timed elsewhere, or not at all.
+            once = 1e3 * x["seconds"] if x["once"] else None
             rows[key] = {**dict(zip(KEY, key, strict=True)), **facts, "rounds": 1}
             rows[key] |= dict.fromkeys(("q20", "q50", "q80"), once)
         rows[key] |= {"peak": x["peak"], "bound": x["bound"]}

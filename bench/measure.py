@@ -37,7 +37,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for case in suite.cases():
                 for part in PARTS if "part" in names else ("memory",):
                     for device, dtype, backend in harness.contenders(suite):
-                        if case.large and (part != "memory" or backend not in ("native", "triton")):
+                        if case.once and (part != "memory" or backend not in case.once):
                             continue
                         label = f"{suite.title}: {case.name}, {part}, {device} {dtype}, {backend}"
                         values = (suite, case, *([part] if "part" in names else []), device, dtype, backend)
@@ -117,7 +117,7 @@ def _facts(suite: Suite, case: Case, part: str, device: str, dtype: str, backend
     }
     return {
         "op": suite.title, "device": device, "dtype": dtype, "case": case.name, "part": part, "backend": backend,
-        "published": case.published, "large": case.large, "series": case.series, "n": case.n,
+        "published": case.published, "once": bool(case.once), "series": case.series, "n": case.n,
         "arithmetic": "float32" if suite.widened else dtype, **counted,
     }  # fmt: skip
 

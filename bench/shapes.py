@@ -33,6 +33,10 @@ class Shapes:
     """Side of the logits: the decoder doubles the grid twice."""
     labels: int
     """Side of the labels, to which the logits are brought."""
+    hidden: int
+    """C, channels of the embedded cost."""
+    kept: int
+    """k, most similar classes that a large vocabulary is cut to; 0 where it is not."""
 
     @property
     def pixels(self) -> int:
@@ -58,6 +62,8 @@ def shapes_of(recipe: str) -> Shapes:
         dim=clip["embed_dim"],
         logits=grid * 2 ** len(config.model.decoder_dims),
         labels=config.data.crop or config.clip.image_size,
+        hidden=config.model.hidden_dim,
+        kept=config.model.pad_len,
     )
 
 

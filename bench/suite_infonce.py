@@ -30,7 +30,7 @@ def sample_set_cases() -> list[Case]:
     ]
     series: dict[str, Any] = {"series": f"one image, {base.classes} classes"}
     found += [case(1, base.pixels * times**2, base.classes, **series) for times in (1, 2, 4)]
-    return [*found, case(1, 65536, base.classes, large=True, **series)]
+    return [*found, case(1, 65536, base.classes, once=("native", "triton"), **series)]
 
 
 def sample_sets(sizes: Sizes) -> tuple[Tensor, Tensor]:

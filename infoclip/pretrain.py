@@ -45,6 +45,7 @@ from infoclip.data.scenes import (
 )
 from infoclip.errors import ConfigError, DataError, NonFiniteLossError, StorageError
 from infoclip.kernels.infonce import infonce
+from infoclip.progress import new_bar
 
 if TYPE_CHECKING:
     from infoclip.clip import DenseCLIP, DenseMode
@@ -609,25 +610,10 @@ def math_attention() -> Iterator[None]:
 
 @contextmanager
 def progress_bar(total: int, show: bool) -> Iterator[Callable[[str], None]]:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("pretraining"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, disable=not show) as bar:
+    if not show:
+        yield lambda note: None
+        return
+    with new_bar("{task.fields[note]}") as bar:
         task = bar.add_task("pretraining", total=total, note="")
         yield lambda note: bar.update(task, advance=1, note=note)
 
