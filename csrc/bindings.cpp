@@ -129,6 +129,7 @@ py::dict build_info() {
   compiled.append("avx2");
   compiled.append("avx512");
   compiled.append("avx512_bf16");
+  compiled.append("amx_bf16");
 #endif
   for (Isa isa : kIsas)
     if (has_isa(isa)) usable.append(isa_name(isa));

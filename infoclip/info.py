@@ -17,7 +17,7 @@ from typing import Any
 __all__ = ["attention_backend", "collect", "show"]
 
 _PACKAGES = ("infoclip", "torch", "torchvision", "triton", "open_clip_torch", "xformers", "torchmetrics", "numpy")
-_FLAGS = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_tile", "asimd", "sve")
+_FLAGS = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "sve")
 """CPU flags worth showing, as Linux names them."""
 
 

@@ -187,7 +187,8 @@ def cost_volume_forward(
 
     The tensors share device and, but for ``highest``, dtype; what is None is not written.
 
-    ``isa`` is ``auto``, ``baseline``, ``avx2``, ``avx512`` or ``avx512_bf16``; ``threads`` None is torch's number.
+    ``isa`` is ``auto``, ``baseline``, ``avx2``, ``avx512``, ``avx512_bf16`` or ``amx_bf16``; ``threads`` None is
+    torch's number.
     Raises ``NativeUnavailableError`` without a build and ``ValueError`` for an instruction set that the CPU lacks.
     """
     module = _load()

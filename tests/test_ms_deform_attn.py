@@ -285,7 +285,7 @@ class TestNative:
         for backend in ("reference", "native"):
             torch.autograd.gradcheck(lambda v, x, w, b=backend: ms_deform_attn(v, shapes, x, w, backend=b), leaves)
 
-    @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
+    @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
     def test_every_instruction_set_and_any_thread_count(self, isa, dtype, monkeypatch):
         if isa not in native.build_info()["isa_usable"]:

@@ -276,7 +276,7 @@ class TestNative:
         assert torch.autograd.gradcheck(lambda *v: renyi_mutual_information(*v, backend="native"), (x, y))
         assert torch.autograd.gradcheck(lambda *v: compression_loss(*v, backend="native"), (x, y, z))
 
-    @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
+    @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
     def test_every_instruction_set_and_any_thread_count(self, monkeypatch, isa, dtype) -> None:
         if isa not in native.build_info()["isa_usable"]:

@@ -232,7 +232,7 @@ class TestNative:
                 lambda x, b=backend: upsample_bce(x, target, ignored=ignored, backend=b), logits.requires_grad_()
             )
 
-    @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
+    @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
     def test_every_instruction_set_and_any_thread_count(self, isa, dtype):
         if isa not in native.build_info()["isa_usable"]:

@@ -13,8 +13,8 @@
 namespace infoclip {
 
 // In order: each has what the ones before it have.
-enum class Isa { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
-constexpr Isa kIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
+enum class Isa { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx_bf16 = 4 };
+constexpr Isa kIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx_bf16};
 
 // The best set of instructions that both this build and this CPU (and its operating system) have.
 Isa best_isa();

@@ -9,8 +9,8 @@
 
 namespace infoclip {
 
-constexpr int kPanels = 4;  // panels of A and of B in a tile: 48 x 128 results with AVX-512
-constexpr int kMaxTile = 48 * 128;
+constexpr int kPanels = 4;  // panels of A and of B in a tile: 48 x 128 results with AVX-512, 64 x 128 with AMX
+constexpr int kMaxTile = 64 * 128;
 constexpr int kMaxWidth = 32;  // of any panel
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -3,8 +3,9 @@
 // tile holds.
 //
 // A panel holds `width` rows (mr of the left operand, nr of the right) and the whole depth K, depth by depth: element
-// (k, i) at [k][i]. Where `pair` is 2 two neighbouring depths lie side by side, [k / 2][i][2], and K is padded to even
-// with a zero: the bfloat16 panels of the AVX512-BF16 dot product. Strides are in elements.
+// (k, i) at [k][i]. In the bfloat16 panels of the AVX512-BF16 dot product two neighbouring depths lie side by side,
+// [k / 2][i][2]; for AMX those of the left operand lie [k / 32][i][32]. There K is padded with zeros to a multiple of
+// `depths`. Strides are in elements.
 #pragma once
 #include <cstdint>
 
@@ -18,7 +19,7 @@ namespace infoclip {
 template <class C>
 struct Tiles {
   int mr, nr;   // rows and columns of the register block
-  int pair;     // depths packed side by side
+  int depths;   // the depth of a panel is a multiple of
   int element;  // bytes of a panel's element
   // panel(k, i) = src[off[i] + k * sk] for i < rows, zeros up to width; widened or narrowed to the panel's element.
   // scale, where not null, multiplies row k.
@@ -41,7 +42,7 @@ struct Tiles {
   // projection where the norm was clamped.
   void (*project)(const C* g, const C* x, int64_t D, C inverse, C eps, void* dst, int64_t offset, int dtype);
 
-  int64_t depth(int64_t K) const { return (K + pair - 1) / pair * pair; }
+  int64_t depth(int64_t K) const { return (K + depths - 1) / depths * depths; }
   int64_t panel_bytes(int width, int64_t K) const { return depth(K) * width * element; }
 };
 
@@ -50,14 +51,17 @@ namespace baseline { template <class C> const Tiles<C>& tiles(); }
 namespace avx2 { template <class C> const Tiles<C>& tiles(); }
 namespace avx512 { template <class C> const Tiles<C>& tiles(); }
 namespace avx512_bf16 { const Tiles<float>& tiles(); }
+namespace amx_bf16 { const Tiles<float>& tiles(); }
 #endif
 
-// The table for tensors of a dtype: bfloat16 takes the dot product of bfloat16 pairs where the set has it.
+// The table for tensors of a dtype: bfloat16 takes the dot product of bfloat16 pairs, or the matrix unit, where the set
+// has it.
 template <class C>
 const Tiles<C>& tiles_of(Isa isa, int dtype) {
 #ifdef INFOCLIP_X86
   if constexpr (sizeof(C) == 4)
-    if (isa == Isa::avx512_bf16 && dtype == kBFloat16) return avx512_bf16::tiles();
+    if (isa >= Isa::avx512_bf16 && dtype == kBFloat16)
+      return isa == Isa::amx_bf16 ? amx_bf16::tiles() : avx512_bf16::tiles();
 #endif
   (void)dtype;
   return INFOCLIP_BY_ISA(isa, tiles<C>());

@@ -1,6 +1,7 @@
 // Compiled once a set of instructions. ISA names the namespace, VBYTES the vector's bytes, MR the rows of the register
-// block (it is two vectors wide), PAIRS the dot product of bfloat16 pairs. Only code of this namespace: an inline function of the standard library compiled
-// here could be the copy that the linker keeps for everybody, with instructions that the CPU may not have.
+// block (it is two vectors wide), PAIRS the dot product of bfloat16 pairs, AMX (with PAIRS) that of the matrix unit's tiles.
+// Only code of this namespace: an inline function of the standard library compiled here could be the copy that the linker
+// keeps for everybody, with instructions that the CPU may not have.
 #include <cstdint>
 #include <cstring>
 
@@ -31,10 +32,20 @@ constexpr int PAIR = 2;
 template <class C> struct Element { typedef C type; };
 constexpr int PAIR = 1;
 #endif
+#ifdef AMX
+constexpr int ROW = 32;  // depths in a row of a tile
+// Panels of MR rows lie as the left tiles are loaded, [k / 32][i][32]; the others' pairs are rows of right tiles already.
+inline int64_t place(int64_t k, int64_t i, int64_t width) {
+  return width == MR ? (k / ROW * MR + i) * ROW + k % ROW : (k / 2 * width + i) * 2 + (k & 1);
+}
+constexpr int DEPTHS = ROW;
+#else
 inline int64_t place(int64_t k, int64_t i, int64_t width) {
   return PAIR == 1 ? k * width + i : (k / 2 * width + i) * 2 + (k & 1);
 }
-inline int64_t padded(int64_t K) { return (K + PAIR - 1) / PAIR * PAIR; }
+constexpr int DEPTHS = PAIR;
+#endif
+inline int64_t padded(int64_t K) { return (K + DEPTHS - 1) / DEPTHS * DEPTHS; }
 
 inline void put(float v, float& to) { to = v; }
 inline void put(double v, double& to) { to = v; }
@@ -91,7 +102,17 @@ inline void put_lines(const S* src, const int64_t* off, int64_t step, int64_t K,
   }
 }
 
-#if !defined(__clang__)  // __builtin_shuffle is GCC's alone
+#if defined(__clang__)  // __builtin_shuffle is GCC's alone
+template <class C>
+inline void transpose(typename Vector<C>::type (&v)[Vector<C>::lanes]) {
+  constexpr int L = Vector<C>::lanes;
+  C from[L][L], to[L][L];
+  memcpy(from, v, sizeof(from));
+  for (int i = 0; i < L; ++i)
+    for (int j = 0; j < L; ++j) to[j][i] = from[i][j];
+  memcpy(v, to, sizeof(to));
+}
+#else
 template <int BYTES> struct Index;
 template <> struct Index<4> { typedef int32_t type __attribute__((vector_size(VBYTES))); };
 template <> struct Index<8> { typedef int64_t type __attribute__((vector_size(VBYTES))); };
@@ -117,7 +138,9 @@ inline void transpose(typename Vector<C>::type (&v)[Vector<C>::lanes]) {
     for (int i = 0; i < L; ++i) v[i] = w[i];
   }
 }
+#endif
 
+#if !defined(__clang__)
 // A vector's lanes of neighbouring depths of a row: a word is a depth, or a pair of them.
 template <class S, class C>
 inline typename Vector<C>::type read_depths(const S* from, const C* scale) {
@@ -166,12 +189,57 @@ template <class S, class C, class E>
 inline int64_t pack_squares(const S*, const int64_t*, int, int64_t, int, const C*, E*) { return 0; }
 #endif
 
+#ifdef AMX
+inline __mmask16 first_lanes(int64_t n) { return n >= 16 ? 0xffffu : n > 0 ? (1u << n) - 1 : 0; }
+
+// Left panels of rows whose entries lie side by side.
+template <class S>
+void put_left_rows(const S* src, const int64_t* off, int rows, int64_t K, const float* scale, BFloat16* panel) {
+  for (int i = 0; i < rows; ++i)
+    for (int64_t k = 0; k < K; k += ROW) {
+      const __mmask16 m = first_lanes(K - k), n = first_lanes(K - k - 16);
+      __m512 low = read(src + off[i] + k, m), high = read(src + off[i] + k + 16, n);
+      if (scale) {
+        low = _mm512_mul_ps(low, _mm512_maskz_loadu_ps(m, scale + k));
+        high = _mm512_mul_ps(high, _mm512_maskz_loadu_ps(n, scale + k + 16));
+      }
+      _mm512_storeu_si512(panel + place(k, i, MR), (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+}
+
+// Left panels from depths that lie side by side, as put_lines does the others.
+template <class S>
+void put_left_lines(const S* src, const int64_t* off, int64_t step, int64_t K, int count, const float* scale,
+                    BFloat16* panel) {
+  const __mmask16 m = first_lanes(count);
+  for (int64_t start = 0; start < K; start += ROW) {
+    typename Vector<float>::type v[16];
+    for (int64_t k = start; k < start + ROW; k += 2) {
+      __m512i both = _mm512_setzero_si512();
+      for (int64_t half = 0; half < 2 && k + half < K; ++half) {
+        const S* from = src + (off ? off[k + half] : (k + half) * step);
+        if (!off) __builtin_prefetch(from + 16 * step);
+        const __m512i found = scale ? read_halves<true>(from, scale[k + half], m) : read_halves<false>(from, 1, m);
+        both = _mm512_or_si512(both, half ? _mm512_slli_epi32(found, 16) : found);
+      }
+      v[(k - start) / 2] = (typename Vector<float>::type)both;
+    }
+    transpose<float>(v);
+    for (int i = 0; i < MR; ++i) memcpy(panel + place(start, i, MR), &v[i], 64);
+  }
+}
+#endif
+
 template <class S, class C, class E>
 void pack_rows_as(const S* src, const int64_t* off, int rows, int64_t sk, int64_t K, int width, const C* scale,
                   E* panel) {
   bool side_by_side = true;
   for (int i = 1; i < rows; ++i) side_by_side &= off[i] == off[i - 1] + 1;
   if (rows < width || padded(K) != K) memset(panel, 0, sizeof(E) * padded(K) * width);
+#ifdef AMX
+  if (width == MR && sk == 1) return put_left_rows(src, off, rows, K, scale, panel);
+  if (width == MR && side_by_side && rows > 1) return put_left_lines(src + off[0], nullptr, sk, K, rows, scale, panel);
+#endif
   if (side_by_side && rows > 1) {
     put_lines<S, C, E>(src + off[0], nullptr, sk, K, rows, width, scale, panel);
     return;
@@ -195,17 +263,21 @@ template <class S, class C, class E>
 void pack_columns_as(const S* src, const int64_t* off, int64_t K, int64_t sj, int columns, int width, const C* scale,
                      E* panel) {
   if (columns < width || padded(K) != K) memset(panel, 0, sizeof(E) * padded(K) * width);
+#ifdef AMX
+  if (width == MR && sj == 1) return put_left_lines(src, off, 0, K, columns, scale, panel);
+#endif
   if (sj == 1) {
     put_lines<S, C, E>(src, off, 0, K, columns, width, scale, panel);
     return;
   }
+  const int64_t next = place(0, 1, width);
   for (int64_t k = 0; k < K; ++k) {
     const S* from = src + off[k];
     E* to = panel + place(k, 0, width);
     if (scale) {
-      for (int j = 0; j < columns; ++j) put(widen(from[j * sj]) * scale[k], to[j * PAIR]);
+      for (int j = 0; j < columns; ++j) put(widen(from[j * sj]) * scale[k], to[j * next]);
     } else {
-      for (int j = 0; j < columns; ++j) put(from[j * sj], to[j * PAIR]);
+      for (int j = 0; j < columns; ++j) put(from[j * sj], to[j * next]);
     }
   }
 }
@@ -219,6 +291,23 @@ inline double root(double v) { return __builtin_sqrt(v); }
 
 template <class C, class E>
 void norms_of(const E* panel, int64_t K, int width, C eps, C* inverse) {
+#ifdef AMX
+  if (width == MR) {  // a row's entries lie side by side
+    for (int i = 0; i < MR; ++i) {
+      __m512 even = _mm512_setzero_ps(), odd = even;
+      for (int64_t k = 0; k < padded(K); k += ROW) {
+        const __m512i both = _mm512_loadu_si512(panel + place(k, i, MR));
+        const __m512 a = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+        const __m512 b = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(0xffff0000)));
+        even = _mm512_fmadd_ps(a, a, even);
+        odd = _mm512_fmadd_ps(b, b, odd);
+      }
+      const C norm = root(_mm512_reduce_add_ps(_mm512_add_ps(even, odd)));
+      inverse[i] = C(1) / (norm < eps ? eps : norm);
+    }
+    return;
+  }
+#endif
   C sum[4][2 * Vector<C>::lanes > MR ? 2 * Vector<C>::lanes : MR];
   for (int part = 0; part < 4; ++part)
     for (int i = 0; i < width; ++i) sum[part][i] = 0;
@@ -282,7 +371,7 @@ inline void block(int64_t K, const C* __restrict a, const C* __restrict b, C* __
   }
 }
 
-#ifdef PAIRS
+#if defined(PAIRS) && !defined(AMX)
 // The same block on pairs of bfloat16: each step is two depths. Products are exact, sums are fp32.
 inline void block(int64_t K, const BFloat16* __restrict a, const BFloat16* __restrict b, float* __restrict c,
                   int64_t ldc) {
@@ -314,6 +403,62 @@ inline void block(int64_t K, const BFloat16* __restrict a, const BFloat16* __res
 }
 #endif
 
+#ifdef AMX
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+constexpr TileConfig tile_config;
+
+// Rows of two panels (or one) by the columns of one: four (two) tiles of 16 x 16 results, as many as leave room for the
+// operands'. Each step is 32 depths. Products are exact, sums are fp32.
+template <bool TWO>
+inline void tile_block(int64_t depth, const char* a, int64_t a_bytes, const char* b, float* c, int64_t ldc) {
+  const int64_t ld = ldc * sizeof(float);
+  _tile_loadd(0, c, ld);
+  _tile_loadd(1, c + 16, ld);
+  if (TWO) {
+    _tile_loadd(2, c + 16 * ldc, ld);
+    _tile_loadd(3, c + 16 * ldc + 16, ld);
+  }
+  for (int64_t k = 0; k < depth; k += ROW, a += 1024, b += 2048) {
+    _tile_loadd(4, a, 64);
+    _tile_loadd(6, b, 128);
+    _tile_loadd(7, b + 64, 128);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if (TWO) {
+      _tile_loadd(5, a + a_bytes, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, ld);
+  _tile_stored(1, c + 16, ld);
+  if (TWO) {
+    _tile_stored(2, c + 16 * ldc, ld);
+    _tile_stored(3, c + 16 * ldc + 16, ld);
+  }
+}
+
+template <class C>
+void tile(int64_t K, const void* A, int a_panels, const void* B, int b_panels, C* c, int64_t ldc) {
+  __asm__ volatile("" ::: "memory");  // what the tile loads read is written
+  _tile_loadconfig(&tile_config);
+  const int64_t depth = padded(K), a_bytes = depth * MR * 2, b_bytes = depth * 64;
+  for (int j = 0; j < b_panels; ++j) {
+    const char* a = static_cast<const char*>(A);
+    const char* b = static_cast<const char*>(B) + j * b_bytes;
+    for (int i = 0; i < a_panels; i += 2, a += 2 * a_bytes) {
+      C* to = c + i * MR * ldc + j * 32;
+      if (i + 1 < a_panels) tile_block<true>(depth, a, a_bytes, b, to, ldc);
+      else tile_block<false>(depth, a, a_bytes, b, to, ldc);
+    }
+  }
+  _tile_release();
+}
+#else
 template <class C>
 void tile(int64_t K, const void* A, int a_panels, const void* B, int b_panels, C* c, int64_t ldc) {
   typedef typename Element<C>::type E;
@@ -328,6 +473,7 @@ void tile(int64_t K, const void* A, int a_panels, const void* B, int b_panels, C
         block(depth, a + (i * full + k) * MR, b + (j * full + k) * NR, c + i * MR * ldc + j * NR, ldc);
   }
 }
+#endif
 
 template <class S, class C>
 void store_as(const C* src, int64_t n, C factor, const C* columns, S* dst) {
@@ -454,7 +600,7 @@ void project(const C* g, const C* x, int64_t D, C inverse, C eps, void* dst, int
 }
 
 template <class C>
-constexpr Tiles<C> table = {MR,           2 * Vector<C>::lanes, PAIR,     sizeof(typename Element<C>::type),
+constexpr Tiles<C> table = {MR,           2 * Vector<C>::lanes, DEPTHS,   sizeof(typename Element<C>::type),
                             pack_rows<C>, pack_columns<C>,      norms<C>, tile<C>,
                             store<C>,     highest<C>,           read_rows<C>, project<C>};
 

@@ -82,11 +82,11 @@ struct Set {
     std::vector<double> length;          // [N] squared, of the scaled rows
     Buffer<C> whole, packed, post;       // [N] scales of a row: in all, of what is packed, of its products
     bool damped = false;                 // whether post is other than 1
-    Buffer<char> left, right, columns;   // panels of wide.mr and wide.nr rows; of wide.nr columns, block by block
+    Buffer<char> left, right, columns;   // panels of mr and nr rows; of nr columns, block by block
     Buffer<C> sums, single, diagonal;    // [N, d_pad] the gradients' sums, [N] what of them stands on the diagonal
     View(const Plan<C>& z, int v)
         : off(z.p.N), exponent(z.p.N), length(z.p.N), whole(z.p.N), packed(z.p.N), post(z.p.N),
-          left(ceil_div(z.p.N, z.wide.mr) * z.k[v]->panel_bytes(z.wide.mr, z.p.D[v])),
+          left(ceil_div(z.p.N, z.k[v]->mr) * z.k[v]->panel_bytes(z.k[v]->mr, z.p.D[v])),
           right(ceil_div(z.p.N, z.wide.nr) * z.k[v]->panel_bytes(z.wide.nr, z.p.D[v])),
           columns(z.p.grad[v] ? z.blocks * z.d_panels[v] * z.columns_panel(v) : 0),
           sums(z.p.grad[v] && !z.keep ? z.blocks * kRows * z.d_pad(v) : 0),
@@ -235,17 +235,17 @@ class Run {
 
   void pack() {
     int64_t start[kMostViews + 1] = {0};
-    const int64_t lefts = ceil_div(z_.p.N, z_.wide.mr), rights = ceil_div(z_.p.N, z_.wide.nr);
+    const int64_t rights = ceil_div(z_.p.N, z_.wide.nr);
     for (int v = 0; v < z_.p.views; ++v)
-      start[v + 1] = start[v] + lefts + rights + (z_.p.grad[v] ? z_.blocks * z_.d_panels[v] : 0);
+      start[v + 1] = start[v] + ceil_div(z_.p.N, z_.k[v]->mr) + rights + (z_.p.grad[v] ? z_.blocks * z_.d_panels[v] : 0);
     each(start[z_.p.views], [&](Set<C>& set, int64_t item) {
       int v = 0;
       while (item >= start[v + 1]) ++v;
       item -= start[v];
       typename Set<C>::View& view = *set.views[v];
       const Tiles<C>& k = *z_.k[v];
-      const int mr = z_.wide.mr, nr = z_.wide.nr;
-      const int64_t D = z_.p.D[v];
+      const int mr = k.mr, nr = k.nr;
+      const int64_t D = z_.p.D[v], lefts = ceil_div(z_.p.N, mr);
       if (item < lefts) {
         const int count = static_cast<int>(std::min<int64_t>(mr, z_.p.N - item * mr));
         pack_panel(set, v, k, view.packed.get(), item * mr, count, mr, view.left.get() + item * k.panel_bytes(mr, D));
@@ -268,12 +268,12 @@ class Run {
 
   // c[v] = the products of the rows of blocks i and j in view v.
   void multiply_blocks(const Set<C>& set, int64_t i, int64_t j, C* const* c) {
-    const int mr = z_.wide.mr, nr = z_.wide.nr;
     const int64_t rows = z_.rows_of(i), columns = z_.rows_of(j);
-    const int64_t a_panels = ceil_div(rows, mr), b_panels = ceil_div(columns, nr);
     for (int v = 0; v < z_.p.views; ++v) {
       const typename Set<C>::View& view = *set.views[v];
       const Tiles<C>& k = *z_.k[v];
+      const int mr = k.mr, nr = k.nr;
+      const int64_t a_panels = ceil_div(rows, mr), b_panels = ceil_div(columns, nr);
       const int64_t D = z_.p.D[v], left = k.panel_bytes(mr, D), right = k.panel_bytes(nr, D);
       std::fill_n(c[v], a_panels * mr * kRows, C(0));
       for (int64_t n = 0; n < b_panels; n += kPanels)
@@ -317,7 +317,7 @@ class Run {
   void add_product(const Set<C>& set, int v, const C* w, bool transposed, int64_t block, int64_t other, int64_t from,
                    int64_t panels, C* to, int64_t ld, char* packed) {
     const Tiles<C>& k = *z_.k[v];
-    const int mr = z_.wide.mr, nr = z_.wide.nr;
+    const int mr = k.mr, nr = k.nr;
     const int64_t rows = z_.rows_of(block), depth = z_.rows_of(other), a_panels = ceil_div(rows, mr);
     const int64_t left = k.panel_bytes(mr, depth), right = z_.columns_panel(v);
     int64_t off[kRows];
@@ -326,10 +326,11 @@ class Run {
       k.pack_rows(w, type_of<C>, off + m * mr, static_cast<int>(std::min<int64_t>(mr, rows - m * mr)),
                   transposed ? kRows : 1, depth, mr, nullptr, packed + m * left);
     const char* columns = set.views[v]->columns.get() + (other * z_.d_panels[v] + from) * right;
-    for (int64_t n = 0; n < panels; ++n)
+    const int64_t step = right == k.panel_bytes(nr, depth) ? kPanels : 1;  // a ragged block's panels lie apart
+    for (int64_t n = 0; n < panels; n += step)
       for (int64_t m = 0; m < a_panels; m += kPanels)
         k.tile(depth, packed + m * left, static_cast<int>(std::min<int64_t>(kPanels, a_panels - m)), columns + n * right,
-               1, to + m * mr * ld + n * nr, ld);
+               static_cast<int>(std::min(step, panels - n)), to + m * mr * ld + n * nr, ld);
   }
 
   // What stands on the diagonal nearly cancels against the traces: it stays out of the product, whose factors bfloat16
@@ -426,7 +427,7 @@ class Run {
         for (int64_t r = 0; r < rows; ++r) std::fill_n(out(set, v, i * kRows + r) + first, count, C(0));
         return;
       }
-      const int64_t ld = panels * z_.wide.nr, height = ceil_div(rows, z_.wide.mr) * z_.wide.mr;
+      const int64_t ld = panels * z_.wide.nr, mr = z_.k[v]->mr, height = ceil_div(rows, mr) * mr;
       Buffer<C> sums(height * ld), w(kRows * kRows), row(count);
       Buffer<char> packed(z_.wide.panel_bytes(static_cast<int>(kRows), kRows));
       C diagonal[kRows];
@@ -453,15 +454,15 @@ class Run {
   // single = x^T x of every view that needs it, [d_pad, d_pad]: strips of rows, from the diagonal on.
   void squares() {
     int64_t start[kMostViews + 1] = {0};
-    const int mr = z_.wide.mr, nr = z_.wide.nr;
-    const int64_t height = kPanels * mr;
     for (int v = 0; v < z_.p.views; ++v)
-      start[v + 1] = start[v] + (z_.p.grad[v] && z_.p.weights[1 + v] ? ceil_div(z_.p.D[v], height) : 0);
+      start[v + 1] = start[v] + (z_.p.grad[v] && z_.p.weights[1 + v] ? ceil_div(z_.p.D[v], kPanels * z_.k[v]->mr) : 0);
     each(start[z_.p.views], [&](Set<C>& set, int64_t item) {
       int v = 0;
       while (item >= start[v + 1]) ++v;
       const typename Set<C>::View& view = *set.views[v];
       const Tiles<C>& k = *z_.k[v];
+      const int mr = k.mr, nr = k.nr;
+      const int64_t height = kPanels * mr;
       const int64_t D = z_.p.D[v], first = (item - start[v]) * height, from = first / nr, ld = z_.d_pad(v);
       const int64_t a_panels = ceil_div(std::min(D - first, height), mr), stride = z_.p.x_s[v][2];
       Buffer<C> strip(height * ld);
