@@ -1,7 +1,12 @@
-"""The Python API: ``infoclip.load(path)`` gives a model, ``model.segment(image, classes)`` a segmentation."""
+"""The Python API: ``infoclip.load(path)`` gives a model, ``model.segment(image, classes)`` a segmentation.
+
+A model of mask proposals (FC-CLIP, MAFT+) also gives panoptic and instance results: ``model.segment(image, classes,
+task="panoptic", things=["dog"])``.
+"""
 
 from __future__ import annotations
 
+import difflib
 import io
 import json
 import os
@@ -10,7 +15,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -23,10 +28,15 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from infoclip.config import Config
-    from infoclip.model.maftplus import MaskSegmentor
+    from infoclip.model.maftplus import MaskSegmentor, Vocabulary
     from infoclip.model.segmentor import Segmentor
+    from infoclip.segments import InstanceSegmentation, PanopticSegmentation
 
-__all__ = ["MAX_CLASSES", "ImageLike", "Model", "Segmentation", "check_path", "load", "write_files"]
+__all__ = ["MAX_CLASSES", "TASKS", "ImageLike", "Model", "Segmentation", "check_path", "check_task", "load",
+           "png_bytes", "write_files"]  # fmt: skip
+
+TASKS = ("semantic", "panoptic", "instance")
+"""A class for every pixel; segments that do not overlap; objects with scores, which may."""
 
 MAX_CLASSES = 65535
 """Labels are 16-bit; the largest value is kept free for pixels without a label."""
@@ -42,10 +52,16 @@ class Segmentation:
     labels: NDArray[np.uint16]
     """[H, W], index into ``classes``."""
     scores: NDArray[np.float32]
-    """[H, W], the score of each pixel's label, 0..1."""
+    """[H, W], the score of each pixel's label: 0..1; of a model of mask proposals, whose scores add up over the
+    proposals, 0 or more."""
     classes: list[str]
     image: NDArray[np.uint8] = field(repr=False)
     """[H, W, 3], the picture as it was segmented (upright, RGB)."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of segments of each class: none are told apart here."""
+        return {}
 
     @property
     def shares(self) -> dict[str, float]:
@@ -83,8 +99,8 @@ class Segmentation:
         labels = f"{name}.labels.png"
         info = {**(extra or {}), "labels": labels, "overlay": f"{name}.overlay.png", **self.describe()}
         return {
-            f"{name}.overlay.png": _png(self.overlay()),
-            labels: _png(self.label_image()),
+            f"{name}.overlay.png": png_bytes(self.overlay()),
+            labels: png_bytes(self.label_image()),
             f"{name}.json": (json.dumps(info, indent=2, ensure_ascii=False) + "\n").encode(),
         }
 
@@ -110,47 +126,128 @@ class Model:
         self.segmentor: Any = segmentor.eval()
         self.config = config
         self.classes = list(classes)
-        self._text: tuple[tuple[str, ...], Tensor] | None = None
+        self._text: tuple[tuple[str, ...], Tensor | Vocabulary] | None = None
 
-    def segment(self, image: ImageLike, classes: Sequence[str] | None = None) -> Segmentation:
-        """Give every pixel one of the classes.
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What it gives, of :data:`TASKS`: all for a model of mask proposals, else ``semantic`` alone."""
+        from infoclip.model.maftplus import MaskSegmentor
+
+        return TASKS if isinstance(self.segmentor, MaskSegmentor) else TASKS[:1]
+
+    @overload
+    def segment(
+        self, image: ImageLike, classes: Sequence[str] | None = None, task: Literal["semantic"] = "semantic"
+    ) -> Segmentation: ...
+    @overload
+    def segment(
+        self,
+        image: ImageLike,
+        classes: Sequence[str] | None = None,
+        task: Literal["panoptic"] = ...,
+        things: Sequence[str] | None = None,
+    ) -> PanopticSegmentation: ...
+    @overload
+    def segment(
+        self,
+        image: ImageLike,
+        classes: Sequence[str] | None = None,
+        task: Literal["instance"] = ...,
+        things: Sequence[str] | None = None,
+    ) -> InstanceSegmentation: ...
+    @overload
+    def segment(
+        self, image: ImageLike, classes: Sequence[str] | None, task: str, things: Sequence[str] | None = None
+    ) -> Segmentation | PanopticSegmentation | InstanceSegmentation: ...
+
+    def segment(
+        self,
+        image: ImageLike,
+        classes: Sequence[str] | None = None,
+        task: str = "semantic",
+        things: Sequence[str] | None = None,
+    ) -> Segmentation | PanopticSegmentation | InstanceSegmentation:
+        """Give every pixel one of the classes, or find segments or objects.
 
         Args:
             image: a path, a ``PIL.Image.Image``, a uint8 array [H, W, 3] or a uint8 tensor [3, H, W], RGB. Pictures are
                 turned upright as their EXIF data say.
-            classes: any names, 1 to 65535 different ones; the training classes by default. In ``"sofa, couch"`` only
-                the first synonym is used.
+            classes: any names, 1 to 65535 different ones; the training classes by default. Of ``"sofa, couch"`` a model
+                of mask proposals takes the synonym that fits best, another one the first.
+            task: ``semantic``; ``panoptic`` (segments that do not overlap) and ``instance`` (objects, best first) for
+                :attr:`tasks` that have them.
+            things: the classes whose objects are told apart, among ``classes``; all by default. The others are stuff:
+                one segment each, and no instances.
+
+        Returns:
+            A :class:`Segmentation`, or a result of :mod:`infoclip.segments`.
 
         Raises:
+            ConfigError: a task that the model has not, or things without objects to tell apart.
             DataError: a missing or unreadable picture; no, repeated or too many classes; a name longer than the text
-                encoder's context.
+                encoder's context; things that are none of the classes.
             TypeError, ValueError: an image of another type, dtype or shape.
         """
-        names, text = self.embed(self.classes if classes is None else classes)
+        names = self.classes if classes is None else classes
+        indices = check_task(self.tasks, task, names, things)
+        names, text = self.embed(names)
         pixels = as_pixels(image)
-        from infoclip.model.inference import predict_labels
+        picture = pixels.permute(1, 2, 0).contiguous().numpy()
+        config = self.config.eval
+        if isinstance(text, Tensor):
+            from infoclip.model.inference import predict_labels
 
-        best, labels = predict_labels(self.segmentor, pixels, text, self.config.eval)
-        return Segmentation(
-            labels.cpu().numpy().astype(np.uint16),
-            best.cpu().numpy(),
+            best, labels = predict_labels(self.segmentor, pixels, text, config)
+            return Segmentation(labels.cpu().numpy().astype(np.uint16), best.cpu().numpy(), names, picture)
+        from infoclip.model.maftplus.inference import predict_masks
+        from infoclip.segments import InstanceSegmentation, PanopticSegmentation
+
+        found = predict_masks(self.segmentor, pixels, text, config, self.classes)
+        if task == "semantic":
+            best, labels = found.labels()
+            return Segmentation(labels.cpu().numpy().astype(np.uint16), best.cpu().numpy(), names, picture)
+        things = [names[i] for i in indices]
+        if task == "panoptic":
+            ids, segments = found.panoptic(indices, config.object_threshold, config.overlap_threshold)
+            return PanopticSegmentation(ids.cpu().numpy(), segments, names, things, picture)
+        objects = found.instances(indices, config.instances)
+        kept = (objects.scores >= config.instance_threshold) & objects.masks.flatten(1).any(dim=1)
+        return InstanceSegmentation(
+            objects.masks[kept].cpu().numpy(),
+            objects.classes[kept].cpu().numpy(),
+            objects.scores[kept].cpu().numpy(),
             names,
-            pixels.permute(1, 2, 0).contiguous().numpy(),
+            picture,
         )
+
+    def proposals(self, task: str, classes: Sequence[str]) -> tuple[MaskSegmentor, Vocabulary]:
+        """The network and the embedded class names, for a task that needs mask proposals.
+
+        Raises:
+            ConfigError: a model that has none.
+            DataError: a list that cannot be used.
+        """
+        check_task(self.tasks, task, classes, None)
+        vocabulary: Any = self.embed(classes)[1]
+        return self.segmentor, vocabulary
 
     def check_classes(self, classes: Sequence[str]) -> list[str]:
         """The names as :meth:`segment` uses them; raises the same :class:`DataError` for a list that cannot be used."""
         return self.embed(classes)[0]
 
-    def embed(self, classes: Sequence[str]) -> tuple[list[str], Tensor]:
-        """Checked names, and their embeddings [T, P, d], which are kept for the next call.
+    def embed(self, classes: Sequence[str]) -> tuple[list[str], Tensor | Vocabulary]:
+        """Checked names, and their embeddings [T, P, d] (of mask proposals: a vocabulary), kept for the next call.
 
         Raises :class:`DataError` for a list that cannot be used.
         """
+        from infoclip.model.maftplus import MaskSegmentor
+
         names = checked_classes(classes)
         if self._text is None or self._text[0] != tuple(names):
             with torch.no_grad():
-                self._text = (tuple(names), self.segmentor.clip.text_features(names))
+                masks = isinstance(self.segmentor, MaskSegmentor)
+                embed = self.segmentor.vocabulary if masks else self.segmentor.clip.text_features
+                self._text = (tuple(names), embed(names))
         return names, self._text[1]
 
     def __repr__(self) -> str:
@@ -196,6 +293,36 @@ def check_path(path: str | Path) -> None:
 def _is_published(path: Path) -> bool:
     """Whether a path is a checkpoint file by itself; weights with a config beside them are read with it, by folder."""
     return path.is_file() and not (path.parent / "config.json").is_file()
+
+
+def check_task(tasks: Sequence[str], task: str, classes: Sequence[str], things: Sequence[str] | None) -> list[int]:
+    """Refuse a task that a model has not; the indices of the things among the classes.
+
+    Args:
+        tasks: what the model has.
+        things: names; None for all classes.
+
+    Raises:
+        ConfigError: an unknown task or one that the model has not; things of semantic results.
+        DataError: a thing that is none of the classes.
+    """
+    if task not in TASKS:
+        raise ConfigError(f"The task is '{task}'; expected {', '.join(TASKS[:-1])} or {TASKS[-1]}.")
+    if task not in tasks:
+        raise ConfigError(
+            f"This model gives no {task} results, since it has no mask proposals; use the task {' or '.join(tasks)}, "
+            "or a model of the systems fcclip or maftplus."
+        )
+    if things is None:
+        return list(range(len(classes)))
+    if task == "semantic":
+        raise ConfigError("Things are told apart by the tasks panoptic and instance; leave them out of semantic ones.")
+    unknown = [name for name in things if name not in classes]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], classes, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "name them as the classes are named."
+        raise DataError(f"'{unknown[0]}' is to be a thing, but is none of the classes; {hint}")
+    return [i for i, name in enumerate(classes) if name in things]
 
 
 def checked_classes(classes: Sequence[str]) -> list[str]:
@@ -289,7 +416,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _png(image: Image.Image) -> bytes:
+def png_bytes(image: Image.Image) -> bytes:
+    """A picture as a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()

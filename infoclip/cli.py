@@ -308,7 +308,7 @@ def train(
 @app.command()
 @_guarded
 def evaluate(
-    path: Annotated[Path, typer.Argument(help="A run or a model folder; with --task panoptic, predictions.")],
+    path: Annotated[Path, typer.Argument(help="A run or a model folder; with --task panoptic also predictions.")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Test settings to change: sliding_window=false."),
@@ -339,11 +339,15 @@ def evaluate(
     processes: Annotated[int, typer.Option(min=1, help="Processes that share the images.")] = 1,
     per_class: Annotated[bool, typer.Option("--per-class", help="Also a table of all classes.")] = False,
     task: Annotated[
-        str, typer.Option(help="semantic; or panoptic: PATH is a folder of predictions in panopticapi's layout.")
+        str,
+        typer.Option(
+            help="semantic; or panoptic: PATH is a model of mask proposals, or a folder of predictions in "
+            "panopticapi's layout."
+        ),
     ] = "semantic",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Mean IoU and its kin of a trained model on images with masks; PQ, SQ and RQ of panoptic predictions."""
+    """Mean IoU and its kin of a trained model on images with masks; PQ, SQ and RQ of panoptic results."""
     from rich.console import Console
 
     if task not in ("semantic", "panoptic"):
@@ -352,13 +356,20 @@ def evaluate(
 
     if task == "panoptic":
         from infoclip.data.panoptic import open_panoptic
-        from infoclip.evaluate.panoptic_run import evaluate_panoptic_folder
+        from infoclip.evaluate.panoptic_run import evaluate_panoptic_folder, evaluate_panoptic_model, is_model
 
-        if overrides:
-            raise ConfigError(f"'{overrides[0]}' is a setting of a model; --task panoptic counts predictions.")
         dataset = open_panoptic(root, data, images=images, classes=load_classes(classes) if classes else None)
         trained = load_classes(seen) if seen else None
-        counted = evaluate_panoptic_folder(path, dataset, trained, out=out, progress=not quiet)
+        if is_model(path):
+            counted = evaluate_panoptic_model(path, dataset, trained, name=data or "evaluation", device=device, out=out,
+                                              overrides=overrides or [], processes=processes,
+                                              progress=not quiet)  # fmt: skip
+        elif overrides:
+            raise ConfigError(f"'{overrides[0]}' is a setting of a model, and {path} is none.")
+        else:
+            counted = evaluate_panoptic_folder(path, dataset, trained, out=out, progress=not quiet)
+        if int(os.environ.get("RANK", "0")):
+            return  # torchrun: the first process speaks for all
         for table in (counted.summary_table(), *([counted.class_table()] if per_class else [])):
             Console().print(table)
         return
@@ -410,6 +421,13 @@ def predict(
             help="A class list: one class a line, JSON, or a shipped list's name; names may hold commas here."
         ),
     ] = None,
+    task: Annotated[
+        str, typer.Option(help="semantic; panoptic or instance for models of mask proposals (maftplus, fcclip).")
+    ] = "semantic",
+    things: Annotated[
+        str | None,
+        typer.Option(help="Classes whose objects are told apart, separated by commas. Default: all of them."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     engine: Annotated[str, typer.Option(help="local: this process; ray: the workers of a Ray cluster.")] = "local",
     workers: Annotated[int, typer.Option(min=0, help="Ray: workers; 0 for one a GPU, or one for four CPUs.")] = 0,
@@ -417,15 +435,18 @@ def predict(
         str | None, typer.Option(help="Ray: a running cluster; default RAY_ADDRESS, else one on this machine.")
     ] = None,
 ) -> None:
-    """Segment pictures with any classes; writes an overlay, a label PNG and JSON each."""
+    """Segment pictures with any classes; writes an overlay, a PNG of labels or segments, and JSON each."""
     names = _class_names(classes, classes_file)
+    apart = None if things is None else [part.strip() for part in things.split(",") if part.strip()]
     from infoclip.predict import predict as run
 
     many = len(pictures) > 1 or not pictures[0].is_file()
-    done = run(path, pictures, names, out, device=device, progress=many, engine=engine, workers=workers,
-               address=address)  # fmt: skip
+    done = run(path, pictures, names, out, task=task, things=apart, device=device, progress=many, engine=engine,
+               workers=workers, address=address)  # fmt: skip
     for result in done.results[:20]:
-        found = ", ".join(f"{name} {100 * share:.0f} %" for name, share in list(result.shares.items())[:5])
+        shares = {name: f"{name} {100 * share:.0f} %" for name, share in list(result.shares.items())[:5]}
+        numbers = {name: f"{count} x " for name, count in result.counts.items() if count > 1}
+        found = ", ".join(numbers.get(name, "") + text for name, text in shares.items()) or "nothing found"
         print(f"{result.image}: {found}\n  {result.overlay}\n  {result.labels}\n  {result.json}")
     if len(done.results) > 20:
         print(f"and {len(done.results) - 20:,} more in {out}")

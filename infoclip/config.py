@@ -278,6 +278,8 @@ class EvalConfig:
     """Least share of a proposal's own pixels that it must win in a panoptic map (MAFT+: 0.7)."""
     instances: int = 100
     """Most instances of a picture."""
+    instance_threshold: float = 0.3
+    """Instances with a smaller score are left out of pictures and files; the published evaluation keeps all (0)."""
     ensemble_alpha: float = 0.4
     """FC-CLIP: weight of CLIP's own score against the decoder's for seen classes."""
     ensemble_beta: float = 0.8
@@ -406,6 +408,8 @@ class Config:
             _require(getattr(k, name) >= 0, f"mask.{name}", getattr(k, name), "0 or more")
         _require(0 <= self.eval.object_threshold <= 1, "eval.object_threshold", self.eval.object_threshold, "0 to 1")
         _require(0 <= self.eval.overlap_threshold <= 1, "eval.overlap_threshold", self.eval.overlap_threshold, "0 to 1")
+        threshold = self.eval.instance_threshold
+        _require(0 <= threshold <= 1, "eval.instance_threshold", threshold, "0 to 1")
         _require(self.eval.instances >= 1, "eval.instances", self.eval.instances, "at least 1")
         for name in ("ensemble_alpha", "ensemble_beta"):
             _require(0 <= getattr(self.eval, name) <= 1, f"eval.{name}", getattr(self.eval, name), "0 to 1")

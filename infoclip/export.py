@@ -119,6 +119,8 @@ def export(
     model = load(model_path, "cpu")
     segmentor = model.segmentor
     names, text = model.embed(names)
+    if not isinstance(text, Tensor):
+        raise ConfigError(f"{model_path} is a model of mask proposals; export takes models of the system catseg.")
     segmentor.aggregator.use_memory("fast", len(names))  # one region: chunks would only repeat the graph
     program = FixedSegmentor(segmentor, text)
     side = segmentor.clip.image_size

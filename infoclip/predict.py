@@ -1,4 +1,4 @@
-"""Segment picture files: an overlay with legend, a label picture, and JSON with the class list for each."""
+"""Segment picture files: an overlay with legend, a picture of labels or segments, and JSON for each."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ from infoclip.progress import tracked
 if TYPE_CHECKING:
     from infoclip.api import Model
 
-__all__ = ["ENGINES", "Prediction", "Predictions", "find_pictures", "output_names", "predict", "predict_one"]
+__all__ = ["ENGINES", "KINDS", "Prediction", "Predictions", "find_pictures", "output_names", "predict", "predict_one"]
 
 ENGINES = ("local", "ray")
+
+KINDS = {"semantic": "labels", "panoptic": "panoptic", "instance": "instances"}
+"""What the second file of a task's predictions is called: ``cat.labels.png``."""
 
 Step = tuple[str, str, dict[str, Any]]
 """A picture's path, the name of its files, and what their JSON says beside the result."""
@@ -33,9 +36,12 @@ class Prediction:
     image: Path
     overlay: Path
     labels: Path
+    """The picture of labels, or of segment ids."""
     json: Path
     shares: dict[str, float]
     """Share of the picture of each class that occurs, largest first."""
+    counts: dict[str, int]
+    """Number of segments or objects of each class that was found; empty for semantic results."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,8 @@ def predict(
     classes: Sequence[str],
     out_dir: str | Path,
     *,
+    task: str = "semantic",
+    things: Sequence[str] | None = None,
     device: str = "auto",
     progress: bool = False,
     engine: str = "local",
@@ -65,16 +73,21 @@ def predict(
     """Segment pictures with any classes.
 
     For ``cat.jpg`` it writes ``cat.overlay.png``, ``cat.labels.png`` (the index into the class list, 8-bit for up to
-    255 classes, else 16-bit) and ``cat.json`` (class list, shares, sizes, model). Pictures of one name from different
-    folders get different names (see :func:`output_names`). A picture that cannot be used is reported and skipped. The
-    JSON appears last, and a picture whose JSON is there for the same file, model and classes is not segmented again:
-    the same call goes on where an earlier one was stopped.
+    255 classes, else 16-bit) and ``cat.json`` (class list, shares, sizes, model). With ``task="panoptic"`` the second
+    file is ``cat.panoptic.png``, segment ids in panopticapi's colours, and the folder gets ``panoptic.json``, all its
+    panoptic predictions in panopticapi's layout. With ``task="instance"`` it is ``cat.instances.png``, the number of
+    the object that lies above, and the JSON holds every object's mask.
+
+    Pictures of one name from different folders get different names (see :func:`output_names`). A picture that cannot be
+    used is reported and skipped. The JSON appears last, and a picture whose JSON is there for the same file, model,
+    task and classes is not segmented again: the same call goes on where an earlier one was stopped.
 
     Args:
         model_path: a run or model directory, or a published checkpoint.
         images: picture files, folders (searched with their sub-folders) and patterns (``photos/**/*.jpg``).
         classes: names; see :meth:`infoclip.api.Model.segment`.
         out_dir: made when missing; other files of the same names are replaced.
+        task, things: see :meth:`infoclip.api.Model.segment`.
         device: ``auto``, ``cpu`` or ``cuda``.
         progress: show a progress bar.
         engine: ``local``, this process; or ``ray``, the workers of a Ray cluster (:mod:`infoclip.ray_engine`), with the
@@ -83,12 +96,12 @@ def predict(
         address: of a running Ray cluster; None takes ``RAY_ADDRESS``, or starts one on this machine.
 
     Raises:
-        ConfigError: an unknown engine, or Ray without its package.
+        ConfigError: an unknown engine, or Ray without its package; a task that the model has not.
         DataError: no picture at all, or a class list that cannot be used.
         CheckpointError: no usable model.
         StorageError: the output cannot be written.
     """
-    from infoclip.api import checked_classes, load
+    from infoclip.api import check_task, checked_classes, load
 
     paths, faults = find_pictures(images)
     if not paths:
@@ -98,12 +111,15 @@ def predict(
     names = checked_classes(classes)
     model = load(model_path, device if engine == "local" else "cpu")
     model.check_classes(names)
+    told_apart = [names[i] for i in check_task(model.tasks, task, names, things)]
+    wanted = {"classes": names, "task": task} | ({"things": told_apart} if task != "semantic" else {})
     out, stamp = Path(out_dir), _stamp(Path(model_path))
     steps: list[Step] = []
     kept = 0
     for path, stem in zip(paths, output_names(paths), strict=True):
         extra = {"image": str(path), "image_stamp": _stamp(path), "model": str(model_path), "model_stamp": stamp}
-        if _is_done(out, stem, {**extra, "classes": names}):
+        extra |= {key: wanted[key] for key in wanted if key != "classes"}
+        if _is_done(out, stem, KINDS[task], {**extra, **wanted}):
             kept += 1
         else:
             steps.append((str(path), stem, extra))
@@ -121,6 +137,8 @@ def predict(
             results.append(done)
         else:
             faults.append(done)
+    if task == "panoptic":
+        _collect(out, names, told_apart)
     return Predictions(results, kept, faults)
 
 
@@ -130,16 +148,41 @@ def predict_one(
     out: Path,
     step: Step,
 ) -> Prediction | str:
-    """Segment one picture and write its files, or say in a sentence why it cannot be used."""
+    """Segment one picture and write its files, or say in a sentence why it cannot be used.
+
+    The task and its things are what the step's JSON is to say.
+    """
     path, stem, extra = step
     try:
-        result = model.segment(path, classes)
+        result = model.segment(path, classes, extra["task"], extra.get("things"))
     except DataError as error:
         return str(error)
     from infoclip.api import write_files
 
     overlay, labels, info = write_files(out, result.files(stem, extra))
-    return Prediction(Path(path), overlay, labels, info, result.shares)
+    return Prediction(Path(path), overlay, labels, info, result.shares, result.counts)
+
+
+def _collect(out: Path, classes: Sequence[str], things: Sequence[str]) -> None:
+    """All panoptic predictions of a folder that were made with these classes, as one file in panopticapi's layout."""
+    from infoclip.api import write_files
+    from infoclip.data.panoptic import Category, panoptic_json
+
+    images, annotations = [], []
+    for path in sorted(out.glob("*.json")):
+        found = _read(path)
+        if found.get("task") != "panoptic" or found.get("classes") != classes or found.get("things") != things:
+            continue
+        if not isinstance(found.get("segments_info"), list) or not (out / str(found.get("panoptic"))).is_file():
+            continue
+        name = Path(str(found.get("image"))).name
+        images.append({"id": path.stem, "file_name": name, "width": found.get("width"), "height": found.get("height")})
+        annotations.append(
+            {"image_id": path.stem, "file_name": found["panoptic"], "segments_info": found["segments_info"]}
+        )
+    categories = [Category(i, name, name in things) for i, name in enumerate(classes)]
+    text = json.dumps(panoptic_json(images, annotations, categories), ensure_ascii=False) + "\n"
+    write_files(out, {"panoptic.json": text.encode()})
 
 
 def find_pictures(named: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
@@ -209,12 +252,18 @@ def _stamp(path: Path) -> list[int]:
     return []
 
 
-def _is_done(folder: Path, stem: str, wanted: dict[str, Any]) -> bool:
+def _is_done(folder: Path, stem: str, kind: str, wanted: dict[str, Any]) -> bool:
     """Whether the three files of a prediction are there and were made from the same."""
-    if not all((folder / f"{stem}.{kind}").is_file() for kind in ("overlay.png", "labels.png", "json")):
+    if not all((folder / f"{stem}.{end}").is_file() for end in ("overlay.png", f"{kind}.png", "json")):
         return False
+    found = _read(folder / f"{stem}.json")
+    return all(found.get(key) == value for key, value in wanted.items())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object; empty for anything else."""
     try:
-        found = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and all(found.get(key) == value for key, value in wanted.items())
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -293,7 +293,7 @@ def _use_records(file: Path, work: Path) -> None:
     records = Records(work / "out", "x", {"a": 1}, 9, 3)
     (work / "out").mkdir(exist_ok=True)
     file.replace(records.path)
-    found, _ = records.collect(lambda pairs: None)
+    found, _ = records.collect(lambda record: None)
     assert len({r.index for r in found}) == len(found) <= 9
 
 

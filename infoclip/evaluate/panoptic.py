@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from infoclip.data.panoptic import VOID, Segment
 
-__all__ = ["PanopticMetrics", "PanopticScores", "Segment"]
+__all__ = ["PanopticCounts", "PanopticMetrics", "PanopticScores", "Segment"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,17 @@ class PanopticScores:
     categories: int
 
 
+class PanopticCounts(NamedTuple):
+    """What is counted of one image, or of many."""
+
+    matched: list[tuple[int, float]]
+    """Category and IoU of each pair of a predicted and a true segment."""
+    spurious: list[int]
+    """Category of each predicted segment without a match."""
+    missed: list[int]
+    """Category of each true segment without a match."""
+
+
 class PanopticMetrics:
     """Counts matched, spurious and missed segments of each category.
 
@@ -31,13 +43,15 @@ class PanopticMetrics:
     pixels on void. A prediction that lies on void or on a crowd of its category with more than half its area is not
     counted as spurious; a crowd never counts as missed.
 
+    The IoUs are kept one by one and summed without rounding, so that the order of the images does not matter.
+
     Attributes:
-        iou_sum, true_positives, false_positives, false_negatives: float64 [C], by category index 0 .. C-1.
+        true_positives, false_positives, false_negatives: float64 [C], by category index 0 .. C-1.
     """
 
     def __init__(self, num_categories: int) -> None:
         self.num_categories = num_categories
-        self.iou_sum = torch.zeros(num_categories, dtype=torch.float64)
+        self._ious: list[list[float]] = [[] for _ in range(num_categories)]
         self.true_positives = torch.zeros(num_categories, dtype=torch.float64)
         self.false_positives = torch.zeros(num_categories, dtype=torch.float64)
         self.false_negatives = torch.zeros(num_categories, dtype=torch.float64)
@@ -49,14 +63,29 @@ class PanopticMetrics:
         predicted: Sequence[Segment],
         true: Sequence[Segment],
     ) -> None:
-        """Add one image.
+        """Add one image; raises as :meth:`count`."""
+        self.add(self.count(prediction, target, predicted, true))
+
+    @staticmethod
+    def count(
+        prediction: Tensor,  # [H, W], segment ids, 0 for void
+        target: Tensor,  # [H, W]
+        predicted: Sequence[Segment],
+        true: Sequence[Segment],
+    ) -> PanopticCounts:
+        """The counts of one image, without adding them.
 
         Raises:
-            ValueError: maps of different size, or ids in a map that its list does not name.
+            ValueError: maps of different size, an id that a list names twice, or ids in a map that its list does not
+                name.
         """
         if prediction.shape != target.shape:
             raise ValueError(f"prediction has shape {tuple(prediction.shape)}, target {tuple(target.shape)}")
         ours, theirs = {s.id: s for s in predicted}, {s.id: s for s in true}
+        for segments, known in ((predicted, ours), (true, theirs)):
+            if len(known) < len(segments):
+                twice = next(s.id for i, s in enumerate(segments) if s.id in {t.id for t in segments[:i]})
+                raise ValueError(f"the list of segments names the id {twice} twice; expected one entry a segment")
         pairs, counts = torch.stack([target.flatten(), prediction.flatten()]).long().unique(dim=1, return_counts=True)
         overlap = {(int(t), int(p)): int(n) for (t, p), n in zip(pairs.T, counts, strict=True)}
         area_true: dict[int, int] = {}
@@ -69,20 +98,20 @@ class PanopticMetrics:
         ]
         if unknown:
             raise ValueError(f"the map holds the segment {unknown[0]}, which its list of segments does not name")
+        counts_of = PanopticCounts([], [], [])
         matched_true, matched_ours = set(), set()
         for (t, p), n in overlap.items():
             if t not in theirs or p not in ours or theirs[t].crowd or theirs[t].category != ours[p].category:
                 continue
             iou = n / (area_true[t] + area_ours[p] - n - overlap.get((VOID, p), 0))
             if iou > 0.5:
-                self.true_positives[ours[p].category] += 1
-                self.iou_sum[ours[p].category] += iou
+                counts_of.matched.append((ours[p].category, iou))
                 matched_true.add(t)
                 matched_ours.add(p)
         crowds = {s.category: s.id for s in true if s.crowd}
         for segment in true:
             if segment.id not in matched_true and not segment.crowd:
-                self.false_negatives[segment.category] += 1
+                counts_of.missed.append(segment.category)
         for segment in predicted:
             if segment.id in matched_ours or segment.id not in area_ours:
                 continue
@@ -90,7 +119,32 @@ class PanopticMetrics:
             if segment.category in crowds:
                 excused += overlap.get((crowds[segment.category], segment.id), 0)
             if excused / area_ours[segment.id] <= 0.5:
-                self.false_positives[segment.category] += 1
+                counts_of.spurious.append(segment.category)
+        return counts_of
+
+    def add(self, counts: PanopticCounts) -> None:
+        """Add counts, such as :meth:`count`'s of an image or :meth:`counts` of another process."""
+        for category, iou in counts.matched:
+            self.true_positives[category] += 1
+            self._ious[category].append(iou)
+        for category in counts.spurious:
+            self.false_positives[category] += 1
+        for category in counts.missed:
+            self.false_negatives[category] += 1
+
+    def counts(self) -> PanopticCounts:
+        """All counts so far."""
+        every = range(self.num_categories)
+        return PanopticCounts(
+            [(c, iou) for c in every for iou in self._ious[c]],
+            [c for c in every for _ in range(int(self.false_positives[c]))],
+            [c for c in every for _ in range(int(self.false_negatives[c]))],
+        )
+
+    @property
+    def iou_sum(self) -> Tensor:  # float64 [C]
+        """Sum of the IoUs of each category's matches."""
+        return torch.tensor([math.fsum(values) for values in self._ious], dtype=torch.float64)
 
     def per_category(self) -> tuple[Tensor, Tensor, Tensor]:
         """PQ, SQ and RQ of each category, float64 [C]; 0 where nothing matched, NaN where the category never occurs."""

@@ -1,33 +1,40 @@
 """One panoptic evaluation: PQ, SQ and RQ with things and stuff, seen and unseen classes apart, and mIoU.
 
-The predictions come from a model, or from a folder in panopticapi's layout that any program wrote.
+The predictions come from a model of mask proposals, or from a folder in panopticapi's layout that any program wrote.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from infoclip.data.classes import select_classes
+from infoclip import __version__
+from infoclip.data.classes import overlap, select_classes
 from infoclip.data.panoptic import PanopticDataset, Segment, check_segments, read_annotations
 from infoclip.errors import DataError
-from infoclip.evaluate.metrics import Scores, SegmentationMetrics, harmonic_mean
-from infoclip.evaluate.panoptic import PanopticMetrics, PanopticScores
-from infoclip.evaluate.run import percent, without_nan
-from infoclip.progress import tracked
+from infoclip.evaluate.metrics import PairCounts, Scores, SegmentationMetrics, harmonic_mean
+from infoclip.evaluate.panoptic import PanopticCounts, PanopticMetrics, PanopticScores
+from infoclip.evaluate.records import ImageRecord, Records
+from infoclip.evaluate.run import Throughput, count_images, model_digest, percent, without_nan
+from infoclip.evaluate.workers import Workers, joined, run_in_processes
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from infoclip.api import Model
+
 __all__ = ["PanopticClassResult", "PanopticEvaluation", "PanopticMap", "PanopticPredictor", "evaluate_panoptic",
-           "evaluate_panoptic_folder", "folder_predictor"]  # fmt: skip
+           "evaluate_panoptic_folder", "evaluate_panoptic_model", "folder_predictor", "is_model",
+           "model_predictor"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,9 +84,9 @@ class PanopticEvaluation:
     semantic_unseen: Scores
     per_class: list[PanopticClassResult]
     images: int
-    seconds: float
-    """Time spent predicting and counting, without reading."""
+    throughput: Throughput
     settings: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
 
     @property
     def harmonic(self) -> float:
@@ -92,8 +99,10 @@ class PanopticEvaluation:
         return harmonic_mean(self.semantic_seen.miou, self.semantic_unseen.miou)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; what could not be measured is None."""
+        """Plain values for JSON; what could not be measured is None. All but ``run`` is the same for every run."""
         data = asdict(self) | {"harmonic": self.harmonic, "semantic_harmonic": self.semantic_harmonic}
+        speed = {**data.pop("throughput"), "images_per_second": self.throughput.images_per_second}
+        data["run"] = {"throughput": speed, "environment": data.pop("environment")}
         return without_nan(data)
 
     def save(self, folder: str | Path, name: str = "evaluation") -> Path:
@@ -111,8 +120,9 @@ class PanopticEvaluation:
         """The metrics for the terminal, in percent."""
         from rich.table import Table
 
-        table = Table(title=f"{self.images} images, {self.images / max(self.seconds, 1e-9):.2f} images/s",
-                      title_justify="left")  # fmt: skip
+        speed = self.throughput.images_per_second
+        done = "" if math.isnan(speed) else f", {speed:.2f} images/s"
+        table = Table(title=f"{self.images} images{done}", title_justify="left")
         table.add_column("classes")
         for name in ("PQ", "SQ", "RQ", "mIoU", "occur"):
             table.add_column(name, justify="right")
@@ -167,43 +177,178 @@ def evaluate_panoptic(
     description: str = "evaluating",
     on_prediction: Callable[[int, dict[str, Any], PanopticMap], None] | None = None,
     settings: dict[str, Any] | None = None,
+    environment: dict[str, Any] | None = None,
+    records: Records | None = None,
+    workers: Workers | None = None,
 ) -> PanopticEvaluation:
-    """Run a predictor over every picture and count.
+    """Run a predictor over every picture and count; the next picture is read meanwhile.
 
     Args:
         predictor: see :data:`PanopticPredictor`.
         seen: the classes that were trained on; the rest is unseen. None if that is not known.
         on_prediction: called with each index, sample and map.
+        records, workers: as :func:`infoclip.evaluate.run.evaluate_model`'s.
 
     Raises:
         DataError: an empty data set, files that cannot be used, or a predicted map that its segments do not describe.
+        StorageError: the records cannot be written.
     """
-    if not len(dataset):
-        raise DataError("There is no image to evaluate; expected at least one.")
     count = len(dataset.classes)
-    quality = PanopticMetrics(count)
     # One more class than there are: what a map leaves without a segment is a wrong answer, but of no class.
     labels = SegmentationMetrics(count + 1, dataset.ignore_index + 1)
-    seconds = 0.0
-    with torch.no_grad():
-        for index in tracked(range(len(dataset)), description, progress):
-            sample = dataset[index]
-            start = time.perf_counter()
-            found = predictor(index, sample["image"].as_subclass(Tensor))
-            ids, truth = found.ids.cpu().long(), sample["panoptic"].as_subclass(Tensor)
-            if ids.shape != truth.shape:
-                raise DataError(
-                    f"The predicted map of {sample['file']} is {ids.shape[1]}x{ids.shape[0]} pixels, the image "
-                    f"{truth.shape[1]}x{truth.shape[0]}; expected the same size."
-                )
-            quality.update(ids, truth, found.segments, sample["segments"])
-            mask = sample["mask"].as_subclass(Tensor)
-            semantic = _category_map(ids, found.segments, count) if found.semantic is None else found.semantic.cpu()
-            labels.update(semantic, torch.where(mask == dataset.ignore_index, labels.ignore_index, mask))
-            seconds += time.perf_counter() - start
-            if on_prediction is not None:
-                on_prediction(index, sample, found)
-    return _result(quality, labels, dataset, seen, seconds, settings or {})
+
+    def count_one(index: int, sample: dict[str, Any]) -> tuple[ImageRecord, float]:
+        start = time.perf_counter()
+        found = predictor(index, sample["image"].as_subclass(Tensor))
+        ids, truth = found.ids.cpu().long(), sample["panoptic"].as_subclass(Tensor)
+        seconds = time.perf_counter() - start
+        if ids.shape != truth.shape:
+            raise DataError(
+                f"The predicted map of {sample['file']} is {ids.shape[1]}x{ids.shape[0]} pixels, the image "
+                f"{truth.shape[1]}x{truth.shape[0]}; expected the same size."
+            )
+        try:
+            segments = PanopticMetrics.count(ids, truth, found.segments, sample["segments"])
+        except ValueError as error:
+            raise DataError(f"The prediction for {sample['file']} cannot be counted: {error}.") from error
+        mask = sample["mask"].as_subclass(Tensor)
+        semantic = _category_map(ids, found.segments, count) if found.semantic is None else found.semantic.cpu()
+        labelled, right = mask != dataset.ignore_index, semantic == mask
+        pairs = labels.count(semantic, torch.where(labelled, mask, labels.ignore_index))
+        if on_prediction is not None:
+            on_prediction(index, sample, found)
+        record = ImageRecord(index, Path(str(sample["file"])).name, int(labelled.sum()), int(right.sum()), pairs)
+        return replace(record, segments=segments), seconds
+
+    tally, images, throughput = count_images(
+        dataset, count_one, lambda: _Both(count, labels.ignore_index), records=records, workers=workers or Workers(),
+        description=description, progress=progress,
+    )  # fmt: skip
+    return _result(tally, dataset, seen, len(images), throughput, settings or {}, environment or {})
+
+
+class _Both:
+    """Segments and labels."""
+
+    def __init__(self, categories: int, ignore_index: int) -> None:
+        self.quality = PanopticMetrics(categories)
+        self.labels = SegmentationMetrics(categories + 1, ignore_index)
+
+    def add(self, record: ImageRecord) -> None:
+        assert record.segments is not None
+        assert record.pairs is not None
+        self.merge((record.segments, record.pairs))
+
+    def state(self) -> tuple[PanopticCounts, PairCounts]:
+        return self.quality.counts(), self.labels.pairs()
+
+    def merge(self, state: tuple[PanopticCounts, PairCounts]) -> None:
+        self.quality.add(state[0])
+        self.labels.add(state[1])
+
+
+def evaluate_panoptic_model(
+    model: str | Path,
+    dataset: PanopticDataset,
+    seen: Sequence[str] | None = None,
+    *,
+    name: str = "evaluation",
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    out: str | Path | None = None,
+    processes: int = 1,
+    progress: bool = True,
+) -> PanopticEvaluation:
+    """Evaluate a trained model of mask proposals.
+
+    Args:
+        model: a run or model directory, or a published checkpoint.
+        dataset: whose classes are the model's vocabulary.
+        seen: names that count as seen; by default those of the model's training list
+            (:func:`infoclip.data.classes.overlap`).
+        name: of the files in ``out``.
+        overrides: ``key=value`` for the model's config, such as ``eval.object_threshold=0.2``.
+        out: folder for ``NAME.json`` and ``NAME.images.jsonl``, from which the same call goes on where it was stopped.
+        device, processes, progress: as :func:`infoclip.evaluate.run.evaluate_folder`'s.
+
+    Raises:
+        CheckpointError, DataError, StorageError: see the classes.
+        ConfigError: a model without mask proposals, or settings that cannot be.
+    """
+    from infoclip.api import check_path, load
+    from infoclip.config import apply_overrides
+    from infoclip.engine.environment import collect_environment
+    from infoclip.evaluate.run import listed
+
+    check_path(model)
+    if processes > 1:
+        return run_in_processes(
+            processes, evaluate_panoptic_model, model, dataset, seen, name=name, overrides=overrides, device=device,
+            out=out, progress=progress,
+        )  # fmt: skip
+    with joined() as workers:
+        loaded = load(model, device=workers.device(device))
+        loaded.config = apply_overrides(loaded.config, list(overrides))
+        predictor = model_predictor(loaded, dataset)
+        names = dataset.classes
+        settings: dict[str, Any] = {"model": str(model), "annotations": str(dataset.annotations.path), "classes": names}
+        settings |= {"templates": list(loaded.segmentor.clip.templates), "eval": asdict(loaded.config.eval)}
+        records = None
+        if out is not None:
+            key = {
+                "infoclip": __version__,
+                "task": "panoptic",
+                "weights": workers.broadcast(model_digest(loaded.segmentor) if workers.first else ""),
+                "data": listed(dataset),
+                "classes": hashlib.sha256(json.dumps([names, dataset.things, loaded.classes]).encode()).hexdigest(),
+                **{part: settings[part] for part in ("templates", "eval")},
+            }
+            records = Records(Path(out), name, key, len(dataset), len(names) + 1, len(names))
+        known = overlap(names, loaded.classes if seen is None else list(seen))
+        result = evaluate_panoptic(
+            predictor,
+            dataset,
+            [part for part, flag in zip(names, known, strict=True) if flag],
+            progress=progress and workers.first,
+            description="evaluating" if workers.count == 1 else f"evaluating (process 1 of {workers.count})",
+            settings=settings,
+            environment=collect_environment(),
+            records=records,
+            workers=workers,
+        )
+        if out is not None and workers.first:
+            result.save(out, name)
+    return result
+
+
+def model_predictor(model: Model, dataset: PanopticDataset) -> PanopticPredictor:
+    """The maps of a model of mask proposals, with the data set's classes as its vocabulary.
+
+    Raises:
+        ConfigError: a model without mask proposals.
+        DataError: class names that cannot be used.
+    """
+    from infoclip.model.maftplus.inference import predict_masks
+
+    segmentor, vocabulary = model.proposals("panoptic", dataset.classes)
+    config = model.config.eval
+
+    def predict(index: int, image: Tensor) -> PanopticMap:  # [3, H, W]
+        found = predict_masks(segmentor, image, vocabulary, config, model.classes)
+        ids, segments = found.panoptic(dataset.things, config.object_threshold, config.overlap_threshold)
+        return PanopticMap(ids, segments, found.labels(masks_first=True)[1])
+
+    return predict
+
+
+def is_model(path: str | Path) -> bool:
+    """Whether a path is a model (a run, a model folder, a checkpoint file) and not predictions."""
+    path = Path(path)
+    if path.is_file():
+        return path.suffix != ".json"
+    return (
+        any((path / name).exists() for name in ("model", "model.safetensors")) and not (path / "panoptic.json").exists()
+    )
 
 
 def evaluate_panoptic_folder(
@@ -221,19 +366,17 @@ def evaluate_panoptic_folder(
         out: folder for the result as JSON.
 
     Raises:
-        DataError: as :func:`evaluate_panoptic` and :func:`folder_predictor`; a model's folder, and a name in ``seen``
-            that is none of the data's classes.
+        DataError: as :func:`evaluate_panoptic` and :func:`folder_predictor`; a name in ``seen`` that is none of the
+            data's classes.
         StorageError: ``out`` cannot be written.
     """
     path = Path(predictions)
     if not path.exists():
         raise DataError(f"There are no predictions {path}; expected a folder with panoptic.json and PNGs, or the JSON.")
     if path.is_dir() and not (path / "panoptic.json").exists():
-        model = any((path / name).exists() for name in ("model", "model.safetensors"))
-        what = "a model, which gives classes but no instances" if model else "no panoptic.json"
         raise DataError(
-            f"{path} holds {what}; expected predictions in panopticapi's layout: panoptic.json, and PNGs of segment "
-            "ids beside it or in the folder panoptic."
+            f"{path} holds no panoptic.json; expected predictions in panopticapi's layout: panoptic.json, and PNGs of "
+            "segment ids beside it or in the folder panoptic; or a model's folder."
         )
     if seen is not None:
         select_classes(dataset.classes, seen)
@@ -288,13 +431,15 @@ def _category_map(ids: Tensor, segments: Sequence[Segment], void: int) -> Tensor
 
 
 def _result(
-    quality: PanopticMetrics,
-    labels: SegmentationMetrics,
+    tally: _Both,
     dataset: PanopticDataset,
     seen: Sequence[str] | None,
-    seconds: float,
+    images: int,
+    throughput: Throughput,
     settings: dict[str, Any],
+    environment: dict[str, Any],
 ) -> PanopticEvaluation:
+    quality, labels = tally.quality, tally.labels
     names, things = dataset.classes, set(dataset.things)
     known = None if seen is None else set(seen)
     flags = [None if known is None else name in known for name in names]
@@ -318,7 +463,8 @@ def _result(
         semantic_seen=labels.compute(groups[True]),
         semantic_unseen=labels.compute(groups[False]),
         per_class=rows,
-        images=len(dataset),
-        seconds=seconds,
+        images=images,
+        throughput=throughput,
         settings=settings,
+        environment=environment,
     )

@@ -3,7 +3,8 @@
 ``NAME.images.jsonl`` has one line an image: its number and file, its labelled pixels and those that are right, the
 cells of its confusion matrix, and the seconds of reading, predicting and counting. A process appends a line when an
 image is done (several processes to a file each), so that at most the image in work is lost when it is killed. The
-first line says what the counts depend on; those of another model, data or settings are not taken.
+first line says what the counts depend on; those of another model, data or settings are not taken. A panoptic evaluation
+also keeps each image's matched, spurious and missed segments.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from infoclip.errors import StorageError
 from infoclip.evaluate.metrics import PairCounts
+from infoclip.evaluate.panoptic import PanopticCounts
 
 __all__ = ["ImageRecord", "Records"]
 
@@ -37,6 +39,8 @@ class ImageRecord:
     """Labelled pixels that are right."""
     pairs: PairCounts | None
     """None once they are added up."""
+    segments: PanopticCounts | None = None
+    """The same; only of panoptic evaluations."""
 
     @property
     def accuracy(self) -> float:
@@ -50,23 +54,26 @@ class Records:
         folder, name: the file is ``folder / f"{name}.images.jsonl"``.
         key: what the counts depend on; plain values.
         images: number of images.
-        classes: number of classes.
+        classes: number of classes in the confusion matrix.
+        categories: number of categories of segments; 0 for records without segments.
     """
 
-    def __init__(self, folder: Path, name: str, key: dict[str, Any], images: int, classes: int) -> None:
+    def __init__(
+        self, folder: Path, name: str, key: dict[str, Any], images: int, classes: int, categories: int = 0
+    ) -> None:
         self.folder, self.name, self.key = folder, name, json.loads(json.dumps(key))
-        self._images, self._classes = images, classes
+        self._images, self._classes, self._categories = images, classes, categories
         self._file: TextIO | None = None
 
     @property
     def path(self) -> Path:
         return self.folder / f"{self.name}.images.jsonl"
 
-    def collect(self, add: Callable[[PairCounts], None]) -> tuple[list[ImageRecord], str]:
+    def collect(self, add: Callable[[ImageRecord], None]) -> tuple[list[ImageRecord], str]:
         """Everything that is recorded, brought into one file; and what the earlier records differ in, if they do.
 
         Args:
-            add: takes the counts of each image.
+            add: takes each image's record with its counts.
 
         Raises:
             StorageError: the folder cannot be written.
@@ -88,9 +95,8 @@ class Records:
                     for line in lines:
                         record = self._read(line)
                         if record is not None and record.index not in found:
-                            assert record.pairs is not None
-                            add(record.pairs)
-                            found[record.index] = replace(record, pairs=None)
+                            add(record)
+                            found[record.index] = replace(record, pairs=None, segments=None)
                             out.write(line + "\n")
             temporary.replace(self.path)
             for part in parts:
@@ -124,6 +130,8 @@ class Records:
             "counts": record.pairs.counts.tolist(),
             "seconds": [round(s, 4) for s in seconds],
         }
+        if record.segments is not None:
+            line["segments"] = record.segments._asdict()
         try:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
@@ -152,7 +160,10 @@ class Records:
             return None
         if bool((cells >= (self._classes + 1) * self._classes).any()):
             return None
-        return ImageRecord(index, str(data.get("file")), pixels, right, PairCounts(cells, counts))
+        segments = _segments(data.get("segments"), self._categories) if self._categories else None
+        if self._categories and segments is None:
+            return None
+        return ImageRecord(index, str(data.get("file")), pixels, right, PairCounts(cells, counts), segments)
 
 
 def _numbers(value: Any) -> torch.Tensor | None:
@@ -160,6 +171,24 @@ def _numbers(value: Any) -> torch.Tensor | None:
     if not isinstance(value, list) or not all(type(n) is int and 0 <= n < 2**62 for n in value):
         return None
     return torch.tensor(value, dtype=torch.int64)
+
+
+def _segments(value: Any, categories: int) -> PanopticCounts | None:
+    """The segments of a record; None for what does not hold together."""
+
+    def known(category: Any) -> bool:
+        return type(category) is int and 0 <= category < categories
+
+    def match(pair: Any) -> bool:
+        return isinstance(pair, list) and len(pair) == 2 and known(pair[0]) and type(pair[1]) is float
+
+    parts: list[Any] = [value.get(name) for name in PanopticCounts._fields] if isinstance(value, dict) else []
+    if not parts or not all(isinstance(part, list) for part in parts):
+        return None
+    matched, spurious, missed = parts
+    if not all(map(match, matched)) or not all(map(known, [*spurious, *missed])):
+        return None
+    return PanopticCounts([(c, iou) for c, iou in matched], spurious, missed)
 
 
 def _lines(path: Path) -> Iterator[str]:

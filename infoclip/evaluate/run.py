@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch import Tensor
 from infoclip import __version__
 from infoclip.data.ahead import in_order
 from infoclip.errors import ConfigError, DataError, InfoclipWarning
-from infoclip.evaluate.metrics import Confusion, Scores, SegmentationMetrics, harmonic_mean
+from infoclip.evaluate.metrics import Confusion, PairCounts, Scores, SegmentationMetrics, harmonic_mean
 from infoclip.evaluate.records import ImageRecord, Records
 from infoclip.evaluate.workers import Workers, joined, run_in_processes
 from infoclip.progress import tracked
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from infoclip.clip import DenseCLIP
     from infoclip.config import EvalConfig
     from infoclip.data.folders import PairDataset
+    from infoclip.model.maftplus import MaskSegmentor
     from infoclip.model.segmentor import Segmentor
 
 __all__ = [
@@ -41,11 +42,15 @@ __all__ = [
     "Dataset",
     "EvaluationResult",
     "Predictor",
+    "Tally",
     "Throughput",
+    "count_images",
     "evaluate_benchmark",
     "evaluate_benchmarks",
     "evaluate_folder",
     "evaluate_model",
+    "listed",
+    "model_digest",
     "percent",
     "segmentor_predictor",
     "summary_rows",
@@ -212,19 +217,36 @@ class EvaluationResult:
         return table
 
 
-def segmentor_predictor(segmentor: Segmentor, classes: Sequence[str], config: EvalConfig) -> Predictor:
+def segmentor_predictor(
+    segmentor: Segmentor | MaskSegmentor, classes: Sequence[str], config: EvalConfig, trained: Sequence[str] = ()
+) -> Predictor:
     """Labels from a trained segmentor; the class embeddings are computed once, here.
+
+    Args:
+        trained: class names that a model of mask proposals was trained on, for FC-CLIP's ensemble.
 
     Raises:
         DataError: a class list that cannot be used.
     """
+    from infoclip.model.maftplus import MaskSegmentor
+
+    if isinstance(segmentor, MaskSegmentor):
+        from infoclip.model.maftplus.inference import predict_masks
+
+        masks, vocabulary = segmentor, segmentor.vocabulary(classes)
+
+        def of_masks(image: Tensor) -> Tensor:  # [3, H, W] -> [H, W]
+            return predict_masks(masks, image, vocabulary, config, trained).labels()[1]
+
+        return of_masks
     from infoclip.model.inference import predict_labels
 
+    cost = segmentor
     with torch.no_grad():
-        text = segmentor.clip.text_features(list(classes))
+        text = cost.clip.text_features(list(classes))
 
     def predict(image: Tensor) -> Tensor:  # [3, H, W] -> [H, W]
-        return predict_labels(segmentor, image, text, config)[1]
+        return predict_labels(cost, image, text, config)[1]
 
     return predict
 
@@ -279,25 +301,100 @@ def evaluate_model(
         DataError: an empty dataset, or files that cannot be used.
         StorageError: the records cannot be written.
     """
-    workers = workers or Workers()
+    counter = SegmentationMetrics(len(classes), ignore_index)
+
+    def count(index: int, sample: dict[str, Any]) -> tuple[ImageRecord, float]:
+        start = time.perf_counter()
+        labels = predictor(sample["image"].as_subclass(Tensor))
+        labels = labels.cpu()  # waits for the GPU, so that the next figure is of counting alone
+        seconds = time.perf_counter() - start
+        mask = sample["mask"].as_subclass(Tensor)
+        labelled, right = int((mask != ignore_index).sum()), int((labels == mask).sum())
+        pairs = counter.count(labels, mask)
+        if on_prediction is not None:
+            on_prediction(index, sample, labels)
+        return ImageRecord(index, Path(str(sample["file"])).name, labelled, right, pairs), seconds
+
+    tally, images, throughput = count_images(
+        dataset, count, lambda: _Labels(len(classes), ignore_index), records=records, workers=workers or Workers(),
+        description=description, progress=progress,
+    )  # fmt: skip
+    return _result(tally.metrics, classes, seen, neither, images, throughput, settings or {}, environment or {})
+
+
+class Tally(Protocol):
+    """Sums of what was counted of each image."""
+
+    def add(self, record: ImageRecord) -> None:
+        """Add an image's counts."""
+
+    def state(self) -> Any:
+        """All sums, to be pickled."""
+
+    def merge(self, state: Any) -> None:
+        """Add another process's :meth:`state`."""
+
+
+TallyT = TypeVar("TallyT", bound=Tally)
+
+
+class _Labels:
+    """The confusion matrix."""
+
+    def __init__(self, classes: int, ignore_index: int) -> None:
+        self.metrics = SegmentationMetrics(classes, ignore_index)
+
+    def add(self, record: ImageRecord) -> None:
+        assert record.pairs is not None
+        self.metrics.add(record.pairs)
+
+    def state(self) -> PairCounts:
+        return self.metrics.pairs()
+
+    def merge(self, state: PairCounts) -> None:
+        self.metrics.add(state)
+
+
+def count_images(
+    dataset: Dataset,
+    count: Callable[[int, dict[str, Any]], tuple[ImageRecord, float]],
+    empty: Callable[[], TallyT],
+    *,
+    records: Records | None,
+    workers: Workers,
+    description: str,
+    progress: bool,
+) -> tuple[TallyT, list[ImageRecord], Throughput]:
+    """Predict and count every image that no record holds yet; the next image is read meanwhile.
+
+    Args:
+        count: from an index and its sample to what was counted, and the seconds of the prediction.
+        empty: makes a tally without counts.
+        records: where counts are kept; images that are recorded there are not predicted again.
+        workers: the processes that share the images; each calls this with the same arguments and gets the whole result.
+
+    Raises:
+        DataError: an empty dataset, or files that cannot be used.
+        StorageError: the records cannot be written.
+    """
     total = len(dataset)
     if not total:
         raise DataError("There is no image to evaluate; expected at least one.")
-    metrics = SegmentationMetrics(len(classes), ignore_index)
+    tally = empty()
     images: list[ImageRecord] = []
     if records is not None and workers.first:
-        images, differs = records.collect(metrics.add)
+        images, differs = records.collect(tally.add)
         if differs:
             warnings.warn(
                 f"The earlier evaluation in {records.path} was of another kind ({differs}); it is started over.",
                 InfoclipWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
     done = workers.broadcast({record.index for record in images})
     if records is not None:
         records.open(workers.rank)
     mine = [i for i in range(total) if i not in done][workers.rank :: workers.count]
-    read = predict = count = 0.0
+    read = predicted = counted = 0.0
     whole = time.perf_counter()
     try:
         with torch.no_grad():
@@ -305,40 +402,28 @@ def evaluate_model(
                 _samples(dataset, mine), description, progress and bool(mine), total=len(mine)
             ):
                 start = time.perf_counter()
-                labels = predictor(sample["image"].as_subclass(Tensor))
-                labels = labels.cpu()  # waits for the GPU, so that the next figure is of counting alone
-                middle = time.perf_counter()
-                mask = sample["mask"].as_subclass(Tensor)
-                pairs = metrics.count(labels, mask)
-                metrics.add(pairs)
-                end = time.perf_counter()
-                images.append(
-                    ImageRecord(
-                        index, Path(str(sample["file"])).name, int((mask != ignore_index).sum()),
-                        int((labels == mask).sum()), None,
-                    )
-                )  # fmt: skip
+                record, seconds = count(index, sample)
+                tally.add(record)
+                rest = time.perf_counter() - start - seconds
                 if records is not None:
-                    records.append(replace(images[-1], pairs=pairs), (waited, middle - start, end - middle))
-                read, predict, count = read + waited, predict + middle - start, count + end - middle
-                if on_prediction is not None:
-                    on_prediction(index, sample, labels)
+                    records.append(record, (waited, seconds, rest))
+                images.append(replace(record, pairs=None, segments=None))
+                read, predicted, counted = read + waited, predicted + seconds, counted + rest
     finally:
         if records is not None:
             records.close()
-    times = (len(mine), time.perf_counter() - whole, read, predict, count)
-    parts = workers.gather((metrics.pairs(), images, times))
+    times = (len(mine), time.perf_counter() - whole, read, predicted, counted)
+    parts = workers.gather((tally.state(), images, times))
     if workers.count > 1:
-        metrics, images = SegmentationMetrics(len(classes), ignore_index), []
-        for pairs, part, _ in parts:
-            metrics.add(pairs)
+        tally, images = empty(), []
+        for state, part, _ in parts:
+            tally.merge(state)
             images += part
     if records is not None and workers.first:
         records.collect(lambda _: None)  # into one file
     sums = [sum(column) for column in zip(*(t for _, _, t in parts), strict=True)]
     throughput = Throughput(int(sums[0]), max(t[1] for _, _, t in parts), sums[2], sums[3], sums[4], workers.count)
-    images.sort(key=lambda record: record.index)
-    return _result(metrics, classes, seen, neither, images, throughput, settings or {}, environment or {})
+    return tally, sorted(images, key=lambda record: record.index), throughput
 
 
 def _samples(dataset: Dataset, indices: Sequence[int]) -> Iterator[tuple[int, dict[str, Any], float]]:
@@ -506,11 +591,13 @@ def _evaluate(
         loaded = load(model, device=workers.device(device))
         config = apply_overrides(loaded.config, list(overrides)).eval
         environment = collect_environment()
-        weights = _digest(loaded.segmentor) if folder is not None and workers.first else ""
+        weights = model_digest(loaded.segmentor) if folder is not None and workers.first else ""
         trained = loaded.classes if seen is None else list(seen)
         for chosen in sets:
             names = chosen.dataset.classes
-            predict = _with_background(loaded.segmentor, names, config, chosen.background)
+            predict = segmentor_predictor(loaded.segmentor, names, config, loaded.classes)
+            if chosen.background:
+                predict = _with_background(predict)
             shown = [*names[:20], "background"] if chosen.background else list(names)
             settings: dict[str, Any] = {"model": str(model), **chosen.where, "classes": names}
             settings |= {"templates": list(loaded.segmentor.clip.templates), "eval": asdict(config)}
@@ -519,8 +606,8 @@ def _evaluate(
                 key = {
                     "infoclip": __version__,
                     "weights": workers.broadcast(weights),
-                    "data": _listed(chosen.dataset),
-                    "classes": hashlib.sha256(json.dumps([names, shown]).encode()).hexdigest(),
+                    "data": listed(chosen.dataset),
+                    "classes": hashlib.sha256(json.dumps([names, shown, loaded.classes]).encode()).hexdigest(),
                     **{name: settings[name] for name in ("templates", "eval")},
                 }
                 records = Records(folder, chosen.name, key, len(chosen.dataset), len(shown))
@@ -559,11 +646,8 @@ def _evaluate(
     return results
 
 
-def _with_background(segmentor: Segmentor, names: Sequence[str], config: EvalConfig, background: bool) -> Predictor:
-    """The segmentor's labels; with ``background`` every class from 20 on is the background, class 20."""
-    every = segmentor_predictor(segmentor, names, config)
-    if not background:
-        return every
+def _with_background(every: Predictor) -> Predictor:
+    """Labels of which every class from 20 on is the background, class 20."""
 
     def predict(image: Tensor) -> Tensor:  # [3, H, W] -> [H, W]
         return every(image).clamp(max=20)
@@ -571,7 +655,7 @@ def _with_background(segmentor: Segmentor, names: Sequence[str], config: EvalCon
     return predict
 
 
-def _digest(module: torch.nn.Module) -> str:
+def model_digest(module: torch.nn.Module) -> str:
     """Of all weights and buffers: records of one model are not those of another."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
@@ -580,7 +664,7 @@ def _digest(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _listed(dataset: PairDataset) -> str:
+def listed(dataset: PairDataset) -> str:
     """Of the pairs' names and the masks' sizes on disk."""
     digest = hashlib.sha256()
     for image, mask in dataset.pairs:

@@ -44,11 +44,6 @@ def _figure(method: Mapping[str, Any], key: str, digits: int, several: bool) -> 
     return f"{value} ± {method['std'][key]:.{digits}f}" if several else value
 
 
-def tabletable_header() -> list[str]:
-    """The columns of :func:`table_rows`, the method's name first."""
-    return ["method", *(name for _, name in _COLUMNS), "train s", "peak MiB"]
-
-
 def table_header() -> list[str]:
     """Names of the columns: that of the method, then those of :func:`table_rows`."""
     return ["method", *(name for _, name in _COLUMNS), "train s", "peak MiB"]
@@ -214,7 +209,7 @@ def _alignment_maps(
     import torch
 
     from infoclip.api import as_pixels, load
-    from infoclip.clip import load_clip
+    from infoclip.clip import DenseCLIP, load_clip
     from infoclip.data.scenes import SCENE_CLASSES
     from infoclip.engine.checkpoint import latest_checkpoint, load_checkpoint
     from infoclip.errors import CheckpointError
@@ -222,6 +217,9 @@ def _alignment_maps(
     from infoclip.objective import AlignmentObjective, Embeddings
 
     student, plain = load(folder / "infoclip", "cpu"), load(folder / "finetune", "cpu")
+    ours, theirs = student.segmentor.clip, plain.segmentor.clip
+    assert isinstance(ours, DenseCLIP)
+    assert isinstance(theirs, DenseCLIP)
     teacher = load_clip(student.config.clip).frozen_copy()
     objective = AlignmentObjective(student.config.align, teacher.embed_dim)
     newest = latest_checkpoint(folder / "infoclip" / "checkpoints")
@@ -231,12 +229,11 @@ def _alignment_maps(
     objective.eval()
     result = []
     with torch.no_grad():
-        texts = [clip.text_features(SCENE_CLASSES).mean(dim=1) for clip in
-                 (teacher, student.segmentor.clip, plain.segmentor.clip)]  # fmt: skip
+        texts = [clip.text_features(SCENE_CLASSES).mean(dim=1) for clip in (teacher, ours, theirs)]
         for index in indices:
             pixels = as_pixels(truth / "images" / f"{index:06d}.png")
             views = []
-            for clip, text in zip((teacher, student.segmentor.clip, plain.segmentor.clip), texts, strict=True):
+            for clip, text in zip((teacher, ours, theirs), texts, strict=True):
                 dense = clip.encode_image(preprocess(pixels, clip)[None]).dense
                 grid = (dense.shape[2], dense.shape[3])
                 views.append(Embeddings(dense.flatten(2).transpose(1, 2), text))

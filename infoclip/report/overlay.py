@@ -133,7 +133,7 @@ def panoptic_overlay(
 
     Args:
         ids: segment ids; pixels of none of the segments are grey.
-        segments: whose categories index ``classes``.
+        segments: whose categories index ``classes``; the legend gives the score of those that have one.
         alpha, legend: as :func:`overlay`'s.
 
     Raises:
@@ -142,7 +142,8 @@ def panoptic_overlay(
     labels = np.full(ids.shape, -1, dtype=np.int64)
     for index, segment in enumerate(segments):
         labels[ids == segment.id] = index
-    return overlay(image, labels, [classes[s.category] for s in segments], alpha=alpha, legend=legend)
+    names = [classes[s.category] + ("" if s.score is None else f" ({100 * s.score:.0f})") for s in segments]
+    return overlay(image, labels, names, alpha=alpha, legend=legend)
 
 
 def _outlined(picture: Image.Image, labels: NDArray[np.integer], width: int) -> Image.Image:

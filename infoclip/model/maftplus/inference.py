@@ -37,6 +37,9 @@ __all__ = [
     "semantic",
 ]
 
+_CHUNK_BYTES = 2**26
+"""Of the score maps that are made at once for labels."""
+
 _EPS = 1e-8
 """Keeps the logarithm of a probability finite (published)."""
 
@@ -215,6 +218,26 @@ class MaskPrediction:
             return semantic(self.log_probabilities, self.masks())
         scores = semantic(self.log_probabilities, _resize(self.mask_logits, self.padded))
         return _resize(scores[:, : self.size[0], : self.size[1]], self.output)
+
+    def labels(self, masks_first: bool = False) -> tuple[Tensor, Tensor]:  # [H, W] float32, [H, W] int64
+        """The largest score of every pixel and the class that has it (the first of several), as :meth:`semantic`'s, a
+        few classes at a time: the scores of all are never made."""
+        masks = self.masks() if masks_first else _resize(self.mask_logits, self.padded)
+        masks = masks.sigmoid()
+        classes = self.log_probabilities.softmax(dim=-1)[:, :-1]  # [Q, T]
+        best = torch.full(self.output, -torch.inf, device=masks.device)
+        labels = torch.zeros(self.output, dtype=torch.int64, device=masks.device)
+        largest = max(masks[0].numel(), self.output[0] * self.output[1])
+        start = 0
+        for part in classes.split(max(1, _CHUNK_BYTES // (8 * largest)), dim=1):
+            scores = torch.einsum("qt,qhw->thw", part, masks)
+            if not masks_first:
+                scores = _resize(scores[:, : self.size[0], : self.size[1]], self.output)
+            value, index = scores.max(dim=0)
+            better = value > best
+            best, labels = torch.where(better, value, best), torch.where(better, index + start, labels)
+            start += part.shape[1]
+        return best, labels
 
     def panoptic(
         self, things: Collection[int], object_threshold: float = 0.0, overlap_threshold: float = 0.8
