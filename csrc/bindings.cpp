@@ -77,6 +77,24 @@ InfoNce infonce_problem(const std::array<int64_t, 4>& sizes, int dtype, bool sym
   return p;
 }
 
+void infonce_on_device(bool cuda, const InfoNce& p, bool backward, const std::string& isa, int threads,
+                       uintptr_t stream) {
+  if (!cuda) {
+    const Isa chosen = parse_isa(isa);
+    py::gil_scoped_release release;
+    backward ? infonce_backward_cpu(p, chosen, threads) : infonce_forward_cpu(p, chosen, threads);
+    return;
+  }
+#ifdef INFOCLIP_WITH_CUDA
+  INFOCLIP_CHECK(p.dtype != kDouble, "the CUDA form has no float64");
+  py::gil_scoped_release release;
+  backward ? infonce_backward_cuda(p, stream) : infonce_forward_cuda(p, stream);
+#else
+  (void)stream;
+  throw std::runtime_error("infoclip._C was built without CUDA");
+#endif
+}
+
 MsDeformAttn deform_problem(const std::array<int64_t, 6>& sizes, const std::vector<int64_t>& shapes, int dtype,
                             uintptr_t value, const Strides3& value_s, uintptr_t locations, uintptr_t weights,
                             uintptr_t levels) {
@@ -197,28 +215,28 @@ PYBIND11_MODULE(_C, m) {
       py::arg("d_image"), py::arg("d_text"), py::arg("work"), py::arg("isa"), py::arg("threads"), py::arg("stream"));
   m.def(
       "infonce_forward",
-      [](const std::array<int64_t, 4>& sizes, int dtype, bool symmetric, double scale, uintptr_t temperature,
+      [](bool cuda, const std::array<int64_t, 4>& sizes, int dtype, bool symmetric, double scale, uintptr_t temperature,
          uintptr_t x, const Strides3& x_s, uintptr_t y, const Strides3& y_s, uintptr_t positive,
          const std::array<int64_t, 2>& positive_s, uintptr_t rows, uintptr_t columns, uintptr_t loss, uintptr_t bound,
-         const std::string& isa, int threads) {
+         uintptr_t work, const std::string& isa, int threads, uintptr_t stream) {
         InfoNce p = infonce_problem(sizes, dtype, symmetric, scale, temperature, x, x_s, y, y_s, positive, positive_s,
                                     rows, columns);
         p.loss = reinterpret_cast<void*>(loss);
         p.bound = reinterpret_cast<void*>(bound);
-        const Isa chosen = parse_isa(isa);
-        py::gil_scoped_release release;
-        infonce_forward_cpu(p, chosen, threads);
+        p.work = reinterpret_cast<void*>(work);
+        infonce_on_device(cuda, p, false, isa, threads, stream);
       },
-      py::kw_only(), py::arg("sizes"), py::arg("dtype"), py::arg("symmetric"), py::arg("scale"),
+      py::kw_only(), py::arg("cuda"), py::arg("sizes"), py::arg("dtype"), py::arg("symmetric"), py::arg("scale"),
       py::arg("temperature"), py::arg("x"), py::arg("x_s"), py::arg("y"), py::arg("y_s"), py::arg("positive"),
-      py::arg("positive_s"), py::arg("rows"), py::arg("columns"), py::arg("loss"), py::arg("bound"), py::arg("isa"),
-      py::arg("threads"));
+      py::arg("positive_s"), py::arg("rows"), py::arg("columns"), py::arg("loss"), py::arg("bound"), py::arg("work"),
+      py::arg("isa"), py::arg("threads"), py::arg("stream"));
   m.def(
       "infonce_backward",
-      [](const std::array<int64_t, 4>& sizes, int dtype, bool symmetric, double scale, uintptr_t temperature,
+      [](bool cuda, const std::array<int64_t, 4>& sizes, int dtype, bool symmetric, double scale, uintptr_t temperature,
          uintptr_t x, const Strides3& x_s, uintptr_t y, const Strides3& y_s, uintptr_t positive,
          const std::array<int64_t, 2>& positive_s, uintptr_t rows, uintptr_t columns, uintptr_t d_loss, uintptr_t d_x,
-         uintptr_t d_y, uintptr_t d_temperature, const std::string& isa, int threads) {
+         uintptr_t d_y, uintptr_t d_temperature, uintptr_t work, const std::string& isa, int threads,
+         uintptr_t stream) {
         InfoNce p = infonce_problem(sizes, dtype, symmetric, scale, temperature, x, x_s, y, y_s, positive, positive_s,
                                     rows, columns);
         INFOCLIP_CHECK(temperature || !d_temperature, "no temperature to differentiate");
@@ -226,14 +244,13 @@ PYBIND11_MODULE(_C, m) {
         p.d_x = reinterpret_cast<void*>(d_x);
         p.d_y = reinterpret_cast<void*>(d_y);
         p.d_temperature = reinterpret_cast<void*>(d_temperature);
-        const Isa chosen = parse_isa(isa);
-        py::gil_scoped_release release;
-        infonce_backward_cpu(p, chosen, threads);
+        p.work = reinterpret_cast<void*>(work);
+        infonce_on_device(cuda, p, true, isa, threads, stream);
       },
-      py::kw_only(), py::arg("sizes"), py::arg("dtype"), py::arg("symmetric"), py::arg("scale"),
+      py::kw_only(), py::arg("cuda"), py::arg("sizes"), py::arg("dtype"), py::arg("symmetric"), py::arg("scale"),
       py::arg("temperature"), py::arg("x"), py::arg("x_s"), py::arg("y"), py::arg("y_s"), py::arg("positive"),
       py::arg("positive_s"), py::arg("rows"), py::arg("columns"), py::arg("d_loss"), py::arg("d_x"), py::arg("d_y"),
-      py::arg("d_temperature"), py::arg("isa"), py::arg("threads"));
+      py::arg("d_temperature"), py::arg("work"), py::arg("isa"), py::arg("threads"), py::arg("stream"));
   m.def(
       "upsample_bce",
       [](bool cuda, const std::array<int64_t, 6>& sizes, int dtype, uintptr_t logits, const Strides4& logits_s,
@@ -333,6 +350,18 @@ PYBIND11_MODULE(_C, m) {
       py::kw_only(), py::arg("sizes"), py::arg("dtype"), py::arg("widths"), py::arg("x"), py::arg("x_s"),
       py::arg("unit"), py::arg("weights"), py::arg("value"), py::arg("grad"), py::arg("isa"), py::arg("threads"));
 #ifdef INFOCLIP_WITH_CUDA
+  m.def(
+      "infonce_work_floats",
+      [](const std::array<int64_t, 4>& sizes, bool symmetric, bool paired, bool backward, bool learns) {
+        const int64_t index = 0;
+        InfoNce p{};
+        p.B = sizes[0], p.N = sizes[1], p.M = sizes[2], p.D = sizes[3], p.symmetric = symmetric;
+        p.positive = paired ? &index : nullptr;
+        p.d_temperature = learns ? &p : nullptr;
+        return infonce_work_floats(p, backward);
+      },
+      py::kw_only(), py::arg("sizes"), py::arg("symmetric"), py::arg("paired"), py::arg("backward"),
+      py::arg("learns"));
   m.def(
       "upsample_bce_work_bytes",
       [](const std::array<int64_t, 6>& sizes) {

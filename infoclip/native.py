@@ -238,6 +238,7 @@ def _infonce(
     threads: int | None,
 ) -> dict[str, Any]:
     return {
+        "cuda": x.is_cuda,
         "sizes": [x.shape[0], x.shape[1], y.shape[1], x.shape[2]],
         "dtype": DTYPES[x.dtype],
         "symmetric": symmetric,
@@ -253,7 +254,21 @@ def _infonce(
         "columns": _address(columns if symmetric else None),
         "isa": isa,
         "threads": threads if threads is not None else torch.get_num_threads(),
+        "stream": _stream(x),
     }
+
+
+def _infonce_work(module: Any, like: Tensor, arguments: dict[str, Any], backward: bool, learns: bool) -> Tensor | None:
+    if not like.is_cuda:
+        return None
+    floats = module.infonce_work_floats(
+        sizes=arguments["sizes"],
+        symmetric=arguments["symmetric"],
+        paired=bool(arguments["positive"]),
+        backward=backward,
+        learns=learns,
+    )
+    return torch.empty(floats, dtype=torch.float32, device=like.device)
 
 
 def infonce_forward(
@@ -271,15 +286,15 @@ def infonce_forward(
     isa: str = "auto",
     threads: int | None = None,
 ) -> None:
-    """Write InfoNCE's loss, bound and log-sum-exps; on the CPU. All but x and y are float32, float64 for float64.
+    """Write InfoNCE's loss, bound and log-sum-exps. All but x and y are float32, float64 for float64.
 
     ``isa``, ``threads`` and errors as :func:`cost_volume_forward`.
     """
-    _load().infonce_forward(
-        **_infonce(x, y, temperature, scale, positive, symmetric, rows, columns, isa, threads),
-        loss=loss.data_ptr(),
-        bound=bound.data_ptr(),
-    )
+    module = _load()
+    arguments = _infonce(x, y, temperature, scale, positive, symmetric, rows, columns, isa, threads)
+    with torch.cuda.device_of(x):
+        work = _infonce_work(module, x, arguments, backward=False, learns=False)
+        module.infonce_forward(**arguments, loss=loss.data_ptr(), bound=bound.data_ptr(), work=_address(work))
 
 
 def infonce_backward(
@@ -300,13 +315,18 @@ def infonce_backward(
     threads: int | None = None,
 ) -> None:
     """Write the gradients of :func:`infonce_forward`; one that is None is not computed."""
-    _load().infonce_backward(
-        **_infonce(x, y, temperature, scale, positive, symmetric, rows, columns, isa, threads),
-        d_loss=d_loss.data_ptr(),
-        d_x=_address(d_x),
-        d_y=_address(d_y),
-        d_temperature=_address(d_temperature),
-    )
+    module = _load()
+    arguments = _infonce(x, y, temperature, scale, positive, symmetric, rows, columns, isa, threads)
+    with torch.cuda.device_of(x):
+        work = _infonce_work(module, x, arguments, backward=True, learns=d_temperature is not None)
+        module.infonce_backward(
+            **arguments,
+            d_loss=d_loss.data_ptr(),
+            d_x=_address(d_x),
+            d_y=_address(d_y),
+            d_temperature=_address(d_temperature),
+            work=_address(work),
+        )
 
 
 def upsample_bce(

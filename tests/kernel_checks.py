@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
 import torch
+from torch import Tensor
 
 from infoclip import native
 
@@ -17,6 +18,7 @@ __all__ = [
     "BACKENDS",
     "EPS",
     "INTERPRETED",
+    "assert_captured_within",
     "assert_compiles",
     "assert_passes_in_the_interpreter",
     "nan_filled_memory",
@@ -63,3 +65,24 @@ def assert_compiles(op: str, capability: int) -> None:
     assert rows
     failing = {f"{row.kernel} ({row.case})": row.failures for row in rows if row.failures}
     assert not failing
+
+
+def assert_captured_within(step: Callable[[], Sequence[Tensor]], most: int) -> None:
+    """On a GPU: the step is captured in a CUDA graph, whose replay gives the eager bits, and takes ``most`` bytes.
+
+    ``most`` is an upper bound, and counts what the step returns too.
+    """
+    want = [v.clone() for v in step()]
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    assert torch.cuda.max_memory_allocated() - before <= most
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # a wait for the device ends the capture with an error
+        got = step()
+    for v in got:
+        v.fill_(torch.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))

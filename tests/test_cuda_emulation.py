@@ -7,6 +7,7 @@ sums cut off at their worst. What this cannot show is speed, and faults that nee
 from __future__ import annotations
 
 import ctypes
+import importlib
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_infonce as of_infonce
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,34 +50,79 @@ class CostVolume(ctypes.Structure):
     ]
 
 
+class InfoNce(ctypes.Structure):
+    """As ``csrc/infonce/infonce.hpp``."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("B", "N", "M", "D")),
+        ("dtype", ctypes.c_int),
+        ("symmetric", ctypes.c_bool),
+        ("scale", ctypes.c_double),
+        ("temperature", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("x_s", ctypes.c_int64 * 3),
+        ("y", ctypes.c_void_p),
+        ("y_s", ctypes.c_int64 * 3),
+        ("positive", ctypes.c_void_p),
+        ("positive_s", ctypes.c_int64 * 2),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("rows", "columns", "loss", "bound", "d_loss", "d_x", "d_y", "d_temperature", "work")
+        ),
+    ]
+
+
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
+def compiler() -> str:
+    found = shutil.which("g++")
+    if found is None:
         pytest.skip("g++ is not on PATH")
-    return build(compiler, tmp_path_factory.mktemp("emulation"))
+    return found
 
 
-def build(compiler: str, folder: Path, sources: Path = ROOT / "csrc") -> ctypes.CDLL:
-    file = folder / "emulation.so"
+@pytest.fixture(scope="session")
+def library(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return build(compiler, "cost_volume", tmp_path_factory.mktemp("emulation"))
+
+
+@pytest.fixture(scope="session")
+def contrast(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return build(compiler, "infonce", tmp_path_factory.mktemp("emulation"))
+
+
+def build(compiler: str, op: str, folder: Path, sources: Path = ROOT / "csrc", level: str = "-O1") -> ctypes.CDLL:
+    file = folder / f"{op}.so"
     here = ROOT / "tests" / "cuda_emulation"
     options = [
         "-std=c++17",
-        "-O1",
+        level,
         "-shared",
         "-fPIC",
         "-fno-strict-aliasing",
         "-DINFOCLIP_FILLS_GPU=4",
+        "-DINFOCLIP_GROUPS=2",
         f"-I{here}",
         f"-I{sources}",
     ]
-    command = [compiler, *options, "-o", str(file), str(here / "library.cpp")]
+    command = [compiler, *options, "-o", str(file), str(here / f"{op}.cpp")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     found = ctypes.CDLL(str(file))
     found.emulated_launches.restype = ctypes.c_size_t
-    found.emulated_cost_volume.restype = ctypes.c_char_p
+    found.emulated.restype = ctypes.c_char_p
+    if op != "cost_volume":
+        found.work_floats.restype = ctypes.c_int64
     return found
+
+
+def planted(compiler: str, op: str, folder: Path, file: str, before: str, after: str) -> ctypes.CDLL:
+    """The op's library with ``before`` in a source ``file`` replaced by ``after``."""
+    sources = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", sources)
+    text = (sources / file).read_text()
+    assert text.count(before) == 1
+    (sources / file).write_text(text.replace(before, after))
+    return build(compiler, op, folder, sources, "-O0")  # soon built, and run on little
 
 
 def emulated(
@@ -111,7 +158,7 @@ def emulated(
     work = torch.full((floats,), torch.nan)
     p.work = work.data_ptr()
     before = library.emulated_launches()
-    message = library.emulated_cost_volume(ctypes.byref(p), int(grad is not None))
+    message = library.emulated(ctypes.byref(p), int(grad is not None))
     assert message is None, message.decode()
     return results, library.emulated_launches() - before
 
@@ -234,15 +281,177 @@ def test_long_sums_do_not_drift(library) -> None:
     assert abs(bias) < 4 * EPS[torch.float32]
 
 
-def test_a_planted_error_is_caught(library, tmp_path) -> None:
+def test_a_planted_error_is_caught(compiler, tmp_path) -> None:
     """Two words of a fragment exchanged, as a wrong reading of the layout would."""
-    sources = tmp_path / "csrc"
-    shutil.copytree(ROOT / "csrc", sources)
-    tile = sources / "common" / "tile.cuh"
-    before = tile.read_text()
-    after = before.replace("lane % 16 * L::PITCH + lane / 16 * 16", "lane / 2 * L::PITCH + lane % 2 * 16")
-    assert after != before
-    tile.write_text(after)
-    broken = build(str(shutil.which("g++")), tmp_path, sources)
+    broken = planted(
+        compiler, "cost_volume", tmp_path, "common/tile.cuh",
+        "lane % 16 * L::PITCH + lane / 16 * 16", "lane / 2 * L::PITCH + lane % 2 * 16",
+    )  # fmt: skip
     with pytest.raises(AssertionError):
         assert_right(broken, *features((1, 20, 20, 1, 20), torch.float32, True))
+
+
+# infonce: by the rule and the samples of tests/test_infonce.py, the emulated form in the place of the native one.
+
+
+class Contrast:
+    """The room's native form by the emulated library; ``launches`` of each call; no more scratch than it asks for."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        self.launches: list[int] = []
+
+    def problem(self, x: Any, y: Any, temperature: Any, scale: float, positive: Any, symmetric: bool) -> InfoNce:
+        p = InfoNce(*x.shape[:2], y.shape[1], x.shape[2], native.DTYPES[x.dtype], symmetric, scale)
+        p.temperature = None if temperature is None else temperature.data_ptr()
+        p.x, p.x_s[:] = x.data_ptr(), x.stride()
+        p.y, p.y_s[:] = y.data_ptr(), y.stride()
+        if positive is not None:
+            p.positive, p.positive_s[:] = positive.data_ptr(), positive.stride()
+        return p
+
+    def call(self, p: InfoNce, backward: bool) -> None:
+        floats = self.library.work_floats(ctypes.byref(p), int(backward))
+        work = torch.full((floats + 16,), torch.nan)
+        work[floats:] = 7.0
+        p.work = work.data_ptr()
+        before = self.library.emulated_launches()
+        message = self.library.emulated(ctypes.byref(p), int(backward))
+        if message is not None:
+            raise ValueError(message.decode())
+        assert (work[floats:] == 7.0).all()
+        self.launches.append(self.library.emulated_launches() - before)
+
+    def forward(self, x, y, temperature, scale, positive, symmetric):
+        loss, bound, rows = torch.full((), torch.nan), torch.full((), torch.nan), torch.full(x.shape[:2], torch.nan)
+        columns = torch.full(y.shape[:2] if symmetric else (0,), torch.nan)
+        p = self.problem(x, y, temperature, scale, positive, symmetric)
+        p.loss, p.bound, p.rows, p.columns = (v.data_ptr() for v in (loss, bound, rows, columns))
+        self.call(p, False)
+        return loss, bound, rows, columns
+
+    def backward(self, d_loss, x, y, temperature, scale, positive, symmetric, rows, columns, *need):
+        d_x, d_y = (
+            torch.full(v.shape, torch.nan, dtype=v.dtype) if n else None for v, n in zip((x, y), need, strict=False)
+        )
+        d_temperature = torch.full((), torch.nan) if need[2] else None
+        p = self.problem(x, y, temperature, scale, positive, symmetric)
+        p.rows, p.columns, p.d_loss = rows.data_ptr(), columns.data_ptr(), d_loss.data_ptr()
+        for name, value in (("d_x", d_x), ("d_y", d_y), ("d_temperature", d_temperature)):
+            setattr(p, name, None if value is None else value.data_ptr())
+        self.call(p, True)
+        return d_x, d_y, d_temperature
+
+
+@pytest.fixture
+def as_native(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], Any]:
+    """Puts a form in the place of an op's native one, which then runs on the CPU's tensors."""
+
+    def put(op: str, form: Any) -> Any:
+        room = importlib.import_module(f"infoclip.kernels.{op}")
+        monkeypatch.setitem(importlib.import_module(f"infoclip.kernels.{op}.op")._FORMS, "native", form)
+        monkeypatch.setattr(room, "choose", lambda op, backend, *_: backend)
+        return form
+
+    return put
+
+
+# B, N, M, D, symmetric. Tiles of logits are 64 x 64 or, here from four on, 128 x 128, by 16 floats or 32 halves; two
+# patches an axis. The backward's are 64 x 128, and 64, 128, 192 or 256 entries of D a block.
+CONTRASTS = [
+    (1, 1, 1, 1, True),
+    (2, 63, 63, 7, False),
+    (1, 40, 40, 65, True),
+    (1, 65, 257, 9, True),  # patches of several tiles, either way
+    (1, 261, 64, 9, False),
+    (1, 131, 150, 20, True),  # larger tiles, ragged
+    (1, 20, 40, 140, True),
+    (1, 20, 40, 257, False),  # two chunks of D
+]
+
+
+@DTYPES
+@pytest.mark.parametrize("size", CONTRASTS, ids=str)
+def test_infonce(contrast, as_native, size, dtype) -> None:
+    form = as_native("infonce", Contrast(contrast))
+    of_infonce.assert_as_good(*of_infonce.samples(size[:4], dtype), "native", symmetric=size[4])
+    assert form.launches == [3, 2]
+
+
+@DTYPES
+def test_infonce_of_logits_that_lie_far_apart_and_strange_strides(contrast, as_native, dtype) -> None:
+    as_native("infonce", Contrast(contrast))
+    x, y, positive = of_infonce.samples((1, 67, 90, 9), dtype)
+    of_infonce.assert_as_good(4 * x, 4 * y, positive, "native", 0.05)  # two exponentials, not one
+    of_infonce.assert_as_good(x.abs() + 1, -(y.abs() + 1), positive, "native", 0.01)  # all negative: padding would win
+    want = of_infonce.run(x, y, positive, "native")
+    flat = torch.cat([x.new_full((1,), torch.nan), x.flatten()])[1:].view(x.shape)  # misaligned
+    for other in (x.mT.contiguous().mT, x.repeat_interleave(2, dim=-1)[..., ::2], flat):
+        assert all(torch.equal(a, b) for a, b in zip(want, of_infonce.run(other, y, positive, "native"), strict=True))
+    turned = positive.T.contiguous().T
+    assert all(torch.equal(a, b) for a, b in zip(want, of_infonce.run(x, y, turned, "native"), strict=True))
+
+
+def test_infonce_of_one_column_that_is_every_rows_pair(contrast, as_native) -> None:
+    """Its slopes reach the number of rows, which fp16 times 2^14 cannot hold: the lift has to follow."""
+    as_native("infonce", Contrast(contrast))
+    x, y, _ = of_infonce.samples((1, 200, 140, 5), torch.float16)
+    positive = torch.full((1, 200), 133)
+    of_infonce.assert_as_good(x, 3 * y, positive, "native")
+
+
+def test_infonce_twice_the_same_bits_and_only_what_is_asked_for(contrast, as_native) -> None:
+    as_native("infonce", Contrast(contrast))
+    of_infonce.test_only_the_gradients_asked_for_and_twice("native")
+    of_infonce.test_twice_the_same_bits("native")
+
+
+def test_infonce_of_values_that_are_not_finite(contrast, as_native) -> None:
+    as_native("infonce", Contrast(contrast))
+    of_infonce.test_values_that_are_not_finite("native")
+
+
+def test_infonce_of_sizes_beyond_32_bits(contrast, as_native) -> None:
+    as_native("infonce", Contrast(contrast))
+    one = torch.ones(1, 1, 1)
+    for n, d, message in ((2**31, 1, "an axis of 2"), (1, 2**31, "an axis of 2")):
+        x = one.expand(1, n, d)  # stride 0: it takes no memory
+        p = Contrast(contrast).problem(x, x, None, 1.0, None, False)
+        assert message in contrast.emulated(ctypes.byref(p), 0).decode()
+        assert message in contrast.emulated(ctypes.byref(p), 1).decode()
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_infonce_scratch_at_16384_and_65536(contrast, paired) -> None:
+    """The README's bound on the scratch, by the sizes that the form asks for."""
+    index = ctypes.c_int64()
+    for n in (16384, 65536):
+        p = InfoNce(1, n, n, 64, 0, True, 1.0)
+        p.positive = ctypes.addressof(index) if paired else None
+        floats = contrast.work_floats(ctypes.byref(p), 0)
+        assert 4 * floats <= 260 * n + (516 if paired else 260) * n < 4 * n * n / 20
+        p.d_temperature = ctypes.addressof(index)
+        assert contrast.work_floats(ctypes.byref(p), 1) <= n // 64
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("if (tile_n > first_n) join_parts(most, sum, row_parts[m]", "if (false) join_parts(most, sum, row_parts[m]"),
+        ("v = there ? v * factor : nothing;", "v = v * factor;"),  # padding takes part
+        ("slope -= pair[row] == n ?", "slope -= pair[row] == n + 1 ?"),
+        ("column_sum[0][n] + room.column_sum[1][n]", "column_sum[0][n]"),
+        ("acc[i][j][e] *= less;", "acc[i][j][e] *= 1.0f;"),  # the lift changes, the sums do not follow
+    ],
+    ids=["patch", "padding", "pair", "half a tile", "lift"],
+)
+def test_infonce_with_a_planted_error_is_caught(compiler, tmp_path, as_native, before, after) -> None:
+    as_native("infonce", Contrast(planted(compiler, "infonce", tmp_path, "infonce/cuda.cu", before, after)))
+    if "less" in before:
+        x, y, _ = of_infonce.samples((1, 200, 140, 5), torch.float16)
+        given = x, 3 * y, torch.arange(200)[None] // 100 * 133, "native"
+    else:
+        x, y, positive = of_infonce.samples((1, 65, 257, 9))
+        given = x.abs() + 1, -(y.abs() + 1), positive, "native", 0.3
+    with pytest.raises(AssertionError, match="off by"):
+        of_infonce.assert_as_good(*given)

@@ -17,6 +17,7 @@ from kernel_checks import (
     BACKENDS,
     EPS,
     INTERPRETED,
+    assert_captured_within,
     assert_compiles,
     assert_passes_in_the_interpreter,
     nan_filled_memory,
@@ -730,3 +731,24 @@ def test_on_the_gpu(backend, dtype, symmetric) -> None:
         x, y, positive = (v if v is None else v.cuda() for v in samples(size, dtype))
         assert_as_good(x, y, positive, backend, symmetric=symmetric)
         assert_as_good(x.mT.contiguous().mT, y, positive, backend, symmetric=symmetric)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_the_gpu_in_a_graph_within_the_byte_bound(backend, dtype) -> None:
+    """The README's bound at N = 16,384 by torch's allocator; the logits alone would be 1 GiB."""
+    reason = kernels.why_not("infonce", backend, "cuda", dtype)
+    if reason:
+        pytest.skip(reason)
+    torch.use_deterministic_algorithms(False)  # no NaN is filled in here: filling takes launches of its own
+    x, y, _ = samples((1, 16384, 16384, 64), dtype)
+    x, y = x.cuda().requires_grad_(), y.cuda().requires_grad_()
+
+    def step():
+        loss = op(x, y, backend=backend).loss
+        return loss.detach(), *torch.autograd.grad(loss, (x, y))
+
+    results = 2 * x.numel() * x.element_size() + 4 * 2 * 16384  # gradients, and the vectors that are saved
+    assert_captured_within(step, results + 260 * 2 * 16384 + 16 * 512)  # the allocator rounds each up to 512

@@ -16,6 +16,11 @@
 namespace infoclip {
 namespace {
 
+#ifndef INFOCLIP_FILLS_GPU  // the suite sets a lower number, to run the larger tiles on small sizes
+#define INFOCLIP_FILLS_GPU (2 * 132)
+#endif
+constexpr int64_t FILLS_GPU = INFOCLIP_FILLS_GPU;  // tiles: two for each SM of a large GPU
+
 template <class T>
 struct alignas(2 * sizeof(T)) Pair {
   T first, second;
@@ -27,11 +32,6 @@ __device__ inline Pair<T> narrow_pair(float first, float second) {
   narrow(first, &pair.first);
   narrow(second, &pair.second);
   return pair;
-}
-
-__device__ inline float warp_sum(float v) {
-  for (int step = 16; step; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
-  return v;
 }
 
 // Where index i lies, in elements: i * stride, or two nested axes walked as one where inner is not 0.
@@ -170,27 +170,28 @@ __device__ inline void split_tf32(uint32_t (&high)[4], uint32_t (&low)[4], const
 }
 
 // acc[i][j] += the product of 16 rows of A by 8 of B, over half a tile of K; b are the fragments of 16 rows of B each.
-template <class T, int MI, class ReadA>
-__device__ inline void multiply_fragments(float (&acc)[MI][4][4], const uint32_t (&b)[2][4], const ReadA& read_a) {
+template <class T, int MI, int NJ, class ReadA>
+__device__ inline void multiply_fragments(float (&acc)[MI][NJ][4], const uint32_t (&b)[NJ / 2][4],
+                                          const ReadA& read_a) {
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
     for (int i = 0; i < MI; ++i) {
       uint32_t a[4];
       read_a(a, i);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) multiply_add(acc[i][j], a, b[j / 2][j % 2], b[j / 2][j % 2 + 2], T());
+      for (int j = 0; j < NJ; ++j) multiply_add(acc[i][j], a, b[j / 2][j % 2], b[j / 2][j % 2 + 2], T());
     }
   } else {
-    uint32_t b_high[2][4], b_low[2][4];
+    uint32_t b_high[NJ / 2][4], b_low[NJ / 2][4];
 #pragma unroll
-    for (int j = 0; j < 2; ++j) split_tf32(b_high[j], b_low[j], b[j]);
+    for (int j = 0; j < NJ / 2; ++j) split_tf32(b_high[j], b_low[j], b[j]);
 #pragma unroll
     for (int i = 0; i < MI; ++i) {
       uint32_t a[4], a_high[4], a_low[4];
       read_a(a, i);
       split_tf32(a_high, a_low, a);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < NJ; ++j) {
         float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         multiply_add(sum, a_low, b_high[j / 2][j % 2], b_high[j / 2][j % 2 + 2], T());
         multiply_add(sum, a_high, b_low[j / 2][j % 2], b_low[j / 2][j % 2 + 2], T());
@@ -275,6 +276,74 @@ __device__ inline void multiply_tile(float (&acc)[BM / 32][4][4], unsigned char*
   copy_async_wait<0>();
   __syncthreads();
 }
+
+// A tile of A that a block makes itself and keeps in shared memory: [row][k] of BN values, padded as a tile is.
+template <class T, int BN>
+constexpr int KEPT_PITCH = BN * static_cast<int>(sizeof(T)) + 16;
+template <class T, int BM, int BN>
+constexpr int KEPT = BM * KEPT_PITCH<T, BN>;
+
+// The product of such a tile A[m, k] by B[d0 + n, k0 + k], BD columns of it, by the threads of Shape<T, BM, BN>: half the
+// block's rows and a quarter (BN = 128) of the columns each warp. B passes through shared memory as in multiply_tile.
+template <class T, int BM, int BN, int BD>
+struct KeptProduct {
+  static constexpr int THREADS = Shape<T, BM, BN>::THREADS, ACROSS = BD / (THREADS / 64), NJ = ACROSS / 8;
+  static constexpr int DEPTH = Layout<T, BD>::DEPTH, TILES = BN / DEPTH, SHARED = STAGES * Layout<T, BD>::BYTES;
+  static_assert(ACROSS % 16 == 0 && BN % DEPTH == 0, "whole fragments");
+  using Sums = float[BM / 32][NJ][4];
+
+  unsigned char* shared;
+  const Operand& b;
+  int64_t origin;
+  int d0, D, k0, K, copied = 0;
+
+  __device__ void copy() {
+    if (copied < TILES && k0 + copied * DEPTH < K)
+      copy_tile<T, BD, THREADS>(shared + copied % STAGES * Layout<T, BD>::BYTES, b, origin, d0, D,
+                                k0 + copied * DEPTH, K);
+    ++copied;
+    copy_async_commit();
+  }
+  __device__ void start() {  // before A is there: shared memory is B's from here to the end of add
+    for (int s = 0; s < STAGES - 1; ++s) copy();
+  }
+  // acc += the product. A need not be waited for; both are free after.
+  __device__ void add(Sums& acc, const unsigned char* a) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const unsigned char* rows = a + (warp % 2 * (BM / 2) + lane % 16) * KEPT_PITCH<T, BN> + lane / 16 * 16;
+    const Reader<T, BD> read_b(b.by_row);
+    for (int tile = 0; tile < TILES && k0 + tile * DEPTH < K; ++tile) {
+      copy_async_wait<STAGES - 2>();
+      __syncthreads();
+      copy();
+      const unsigned char* stage = shared + tile % STAGES * Layout<T, BD>::BYTES;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t words[NJ / 2][4];
+#pragma unroll
+        for (int j = 0; j < NJ / 2; ++j) read_b(words[j], stage, warp / 2 * ACROSS + j * 16, half);
+        multiply_fragments<T>(acc, words, [&](uint32_t(&f)[4], int i) {
+          load_matrices(f, rows + i * 16 * KEPT_PITCH<T, BN> + tile * 64 + half * 32);
+        });
+      }
+    }
+    copy_async_wait<0>();
+    __syncthreads();
+  }
+  // f(row, column, values) for every pair of neighbouring results, both within the tile
+  template <class F>
+  __device__ static void for_each_pair(Sums& acc, F&& f) {
+    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < BM / 32; ++i)
+#pragma unroll
+      for (int j = 0; j < NJ; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; e += 2)
+          f(warp % 2 * (BM / 2) + i * 16 + g + e / 2 * 8, warp / 2 * ACROSS + j * 8 + 2 * t, acc[i][j][e],
+            acc[i][j][e + 1]);
+  }
+};
 
 // Call f(row, column, values) for every pair of neighbouring results that this thread holds; both within the tile.
 template <int BM, int BN, class F>

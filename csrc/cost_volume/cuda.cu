@@ -7,10 +7,6 @@ namespace infoclip {
 namespace {
 
 constexpr float kEps = 1e-12f;
-#ifndef INFOCLIP_FILLS_GPU  // the suite sets a lower number, to run the larger tiles on small sizes
-#define INFOCLIP_FILLS_GPU (2 * 132)
-#endif
-constexpr int64_t FILLS_GPU = INFOCLIP_FILLS_GPU;  // tiles: two for each SM of a large GPU
 constexpr int ROW_THREADS = 256;  // of the launches that give a row to a warp
 
 // out[b, m, n] = factor row_scale[b, m] column_scale[b, n] sum over s, k of A[m, k] depth_scale[b, s, k] B[n, k]

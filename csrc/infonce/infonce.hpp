@@ -30,11 +30,17 @@ struct InfoNce {
   void* d_x = nullptr;                   // [B, N, D] contiguous, or null where no gradient is wanted
   void* d_y = nullptr;                   // [B, M, D] contiguous, or null
   void* d_temperature = nullptr;         // [], or null; only where temperature is given
-  void* work = nullptr;                  // CUDA: scratch
+  void* work = nullptr;                  // CUDA: fp32 scratch of infonce_work_floats()
 };
 
 void infonce_forward_cpu(const InfoNce& p, Isa isa, int threads);
 void infonce_backward_cpu(const InfoNce& p, Isa isa, int threads);
+
+#ifdef INFOCLIP_WITH_CUDA
+int64_t infonce_work_floats(const InfoNce& p, bool backward);  // looks at sizes and at what is asked for
+void infonce_forward_cuda(const InfoNce& p, uintptr_t stream);
+void infonce_backward_cuda(const InfoNce& p, uintptr_t stream);
+#endif
 
 // What one set of instructions does with a tile of inner products [rows][columns] (row stride ld).
 template <class C>

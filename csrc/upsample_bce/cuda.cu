@@ -28,23 +28,6 @@ struct Axis {
   }
 };
 
-template <class V>
-__device__ inline V warp_sum(V v) {
-  for (int step = 16; step; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
-  return v;
-}
-
-template <int N, class V>  // the sum over a block of N threads, in every thread; `room` holds N / 32
-__device__ inline V block_sum(V v, V* room) {
-  v = warp_sum(v);
-  if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = v;
-  __syncthreads();
-  V sum = 0;
-  for (int i = 0; i < N / 32; ++i) sum += room[i];
-  __syncthreads();
-  return sum;
-}
-
 struct Labels {
   const int64_t* target;
   int64_t s[3];

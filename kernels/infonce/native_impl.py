@@ -1,4 +1,4 @@
-"""The native form: C++ on the CPU (``csrc/infonce``). Outputs are allocated here."""
+"""The native form: C++ on the CPU, CUDA C++ on the GPU (``csrc/infonce``). Outputs are allocated here."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ import torch
 from torch import Tensor
 
 from infoclip import native
+from infoclip.kernels.aot import NativeKernels
+from infoclip.native import why_not
 
-__all__ = ["backward", "forward", "why_not"]
+__all__ = ["AOT", "backward", "forward", "why_not"]
 
 
-def why_not(device: str, dtype: torch.dtype | None = None) -> str | None:
-    """Why the native form cannot run on the device and dtype, or None where it can."""
-    if device == "cuda":
-        return "infonce has no CUDA C++ form; triton is its form for CUDA."
-    return native.why_not(device, dtype)
+AOT = NativeKernels(
+    matrix=(r"\bpatches<", r"\bslopes<"),
+    dynamic_shared={
+        r"\bpatches<[^>]*128": 69_060,
+        r"\bpatches<[^>]*64": 33_700,
+        r"\bslopes<": 80_608,
+        r"\bslopes<[^>]*256": 95_776,
+    },
+)
+"""Shared memory: ``Shape::SHARED`` of ``csrc/common/tile.cuh`` with a ``Room``, and ``SlopesRoom::SHARED``."""
 
 
 def forward(

@@ -21,6 +21,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) alignas(n)
+#define __shared__ static  // blocks run one after the other
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -137,15 +138,18 @@ inline void __syncthreads() {
   emulation::meet(emulation::block.all, [] {});
 }
 
-inline float __shfl_xor_sync(unsigned, float v, int mask) {
+template <class V>
+V __shfl_xor_sync(unsigned, V v, int mask) {
   using namespace emulation;
-  memcpy(&block.words[block.current][0], &v, 4);
-  float found = 0;
+  static_assert(sizeof(V) <= 8, "two words");
+  memcpy(&block.words[block.current][0], &v, sizeof(V));
+  V found;
   meet(block.warps[warp()], [] {
     const int first = block.current / WARP * WARP;
-    for (int l = 0; l < WARP; ++l) block.words[first + l][1] = block.words[first + l][0];
+    for (int l = 0; l < WARP; ++l)
+      for (int w = 0; w < 2; ++w) block.words[first + l][2 + w] = block.words[first + l][w];
   });
-  memcpy(&found, &block.words[block.current / WARP * WARP + (lane() ^ mask)][1], 4);
+  memcpy(&found, &block.words[block.current / WARP * WARP + (lane() ^ mask)][2], sizeof(V));
   meet(block.warps[warp()], [] {});
   return found;
 }
