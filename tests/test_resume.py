@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_mask_training import mask_config
 from training_data import tiny_config, write_folders
 
 from infoclip.config import AlignConfig, save_config
@@ -110,6 +111,21 @@ def test_killed_three_times_and_resumed_ends_with_the_same_bits(tmp_path: Path) 
     assert [line["step"] for line in lines[1]] == list(range(1, STEPS + 1))
     assert [line["losses"] for line in lines[0]] == [line["losses"] for line in lines[1]]
     assert not unfinished(cut)
+
+
+@pytest.mark.slow  # four starts of the command
+def test_a_killed_run_of_masks_ends_with_the_same_bits(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    save_config(mask_config(tmp_path, steps=8, checkpoint_every=3), config)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(config, whole)
+    kill_when(config, cut, lambda: steps_logged(cut) >= 2)  # before there is a checkpoint
+    kill_when(config, cut, lambda: steps_logged(cut) >= 5, "--resume", "workers=1")
+    run(config, cut, "--resume")
+    a, b = (load_file(out / "model" / "model.safetensors") for out in (whole, cut))
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    lines = [read_log(out / "log.jsonl") for out in (whole, cut)]
+    assert [line["losses"] for line in lines[0]] == [line["losses"] for line in lines[1]]
 
 
 def leaves(tree: dict[str, object], prefix: str = "") -> list[tuple[str, torch.Tensor]]:

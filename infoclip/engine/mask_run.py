@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infoclip.clip.convnext import STRIDE
 from infoclip.config import MaskConfig
 from infoclip.data.objects import Objects, object_masks
 from infoclip.data.transforms import derive_seed
-from infoclip.engine.planner import Plan
+from infoclip.engine.planner import Plan, make_mask_plan
 from infoclip.engine.train import _fingerprint, _panel, _Run
-from infoclip.errors import ConfigError, InfoclipWarning
+from infoclip.errors import InfoclipWarning
 
 __all__ = ["MaskRun", "shares"]
 
@@ -49,7 +50,27 @@ class MaskRun(_Run):
         self.crowded = False
 
     def _make_plan(self, budget: int) -> Plan:
-        raise ConfigError("model.memory is an amount; expected fast, balanced or lean for mask proposals.")
+        return make_mask_plan(budget, self.config, self.segmentor, self.teacher, self.vocabulary, self._largest())
+
+    def _largest(self) -> tuple[int, int]:
+        """Height and width that the network sees of the largest batch that the augmentation can make."""
+        data = self.config.data
+        if data.crop:
+            sides = (data.crop, data.crop)
+        elif data.resize and data.batch_size == 1 and data.resize_max:
+            sides = (data.resize, data.resize_max)
+        elif data.resize and data.resize_max:
+            sides = (data.resize_max, data.resize_max)  # a wide and a tall one together
+        else:  # sizes of the user's own: as the first image's, and the first step is measured
+            sides = (max(self.dataset[0]["image"].shape[-2:]),) * 2
+        return sides[0] + -sides[0] % STRIDE, sides[1] + -sides[1] % STRIDE
+
+    def _step_down(self, shortage: str, classes: int) -> None:
+        super()._step_down(shortage, 1)  # no classes one by one: leaner modes, then smaller micro-batches
+
+    @property
+    def _smaller(self) -> str:
+        return "data.batch_size, data.crop or data.resize"
 
     def _gradients(self, batches: list[dict[str, Any]], chosen: Tensor | None) -> tuple[dict[str, Tensor], Any]:
         config = self.config
@@ -108,14 +129,16 @@ class MaskRun(_Run):
         def draw() -> Any:
             from infoclip.model.maftplus.inference import semantic
 
+            # Classes are scored at the masks' size, a quarter: at the picture's, each would take as much as the picture.
             height, width = batch["mask"].shape[-2:]
-            guess = [
-                semantic(one.float().log_softmax(dim=-1), resized[:, :height, :width]).argmax(dim=0).cpu()
-                for one, resized in zip(
-                    logits, F.interpolate(proposed.float(), pixels.shape[-2:], mode="bilinear"), strict=True
-                )
-            ]
-            return _panel(batch["image"], batch["mask"], torch.stack(guess), self.classes)
+            coarse = torch.stack(
+                [
+                    semantic(one.float().log_softmax(dim=-1), masks.float()).argmax(dim=0).cpu()
+                    for one, masks in zip(logits, proposed, strict=True)
+                ]
+            )
+            fine = coarse.repeat_interleave(4, dim=1).repeat_interleave(4, dim=2)
+            return _panel(batch["image"], batch["mask"], fine[:, :height, :width], self.classes)
 
         return terms, draw
 

@@ -11,9 +11,11 @@ images, and such a batch is not divided.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +30,13 @@ from infoclip.model.memory import MODES, class_chunk
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from infoclip.clip import DenseCLIP
+    from infoclip.clip import ConvNeXtCLIP, DenseCLIP
     from infoclip.config import Config
+    from infoclip.model.maftplus import MaskSegmentor, Vocabulary
     from infoclip.model.segmentor import Segmentor
 
-__all__ = ["Footprint", "Plan", "Settings", "budget_of", "count_step", "couples", "lower", "make_plan"]
+__all__ = ["Footprint", "Plan", "Settings", "budget_of", "count_mask_step", "count_step", "couples", "lower",
+           "make_mask_plan", "make_plan"]  # fmt: skip
 
 SHARE, CONSTANT = 0.1, 128 * 2**20
 """On top of the counted bytes: of all that is not weights, gradients or moments, and for libraries."""
@@ -42,6 +46,8 @@ HALVING = 1.03
 """What halving the micro-batch costs beside that; less arithmetic at once, no more of it."""
 REGIONS = 10
 """A count divides the classes into at most about so many regions; smaller chunks are inferred from two such counts."""
+OBJECTS = 64
+"""Of a picture, where a plan must assume a number: few hold more."""
 PROMPTS = 16
 """Prompts whose text features are computed again at once in ``balanced`` and ``lean``."""
 
@@ -214,19 +220,77 @@ def make_plan(
              None if teacher is None else meta_copy(teacher, teacher.tokenizer, teacher._tokens),
              None if objective is None else meta_copy(objective))  # fmt: skip
     place = _shares(segmentor, teacher, objective)
+
+    def count(settings: Settings) -> Footprint:
+        return count_step(*parts, config, classes, prompt_length, settings, weights=place)
+
+    found_plan, needed, least = _first_that_fits(budget, choices, count)
+    if found_plan is not None:
+        return Plan(*found_plan, budget, classes, batch, coupled)
+    raise ConfigError(
+        f"model.memory is {format_bytes(budget)}, but the leanest step of this model ({least}; {classes} classes) "
+        f"needs {needed}MiB; ask for that, or for fewer classes (data.sample_classes)."
+    )
+
+
+def make_mask_plan(
+    budget: int,
+    config: Config,
+    segmentor: MaskSegmentor,
+    teacher: ConvNeXtCLIP | None,
+    vocabulary: Vocabulary,
+    size: tuple[int, int],
+) -> Plan:
+    """The fastest settings of a step of mask proposals whose counted bytes stay within the budget.
+
+    Args:
+        size: height and width that the largest batch can have, multiples of 32.
+
+    Raises:
+        ConfigError: not even the leanest settings fit; the message names what they need.
+    """
+    batch = config.data.batch_size
+    prices = [(cost * HALVING ** (batch / micro - 1), Settings(mode, 0, micro))
+              for mode, cost in COST.items() for micro in _micro_batches(batch, False)]  # fmt: skip
+    choices = [settings for _, settings in sorted(prices, key=lambda entry: entry[0])]
+    parts = (meta_copy(segmentor, segmentor.clip.tokenizer, segmentor.clip._tokens),
+             None if teacher is None else meta_copy(teacher, teacher.tokenizer, teacher._tokens))  # fmt: skip
+    place = _shares(segmentor, teacher)
+
+    @functools.cache
+    def image(mode: str) -> Footprint:
+        return count_mask_step(*parts, config, vocabulary, size, mode, weights=place)
+
+    def count(settings: Settings) -> Footprint:
+        # A micro-batch takes as much for each image, or less: what the text and the layers take is there once. Beside
+        # it the batch waits, and the micro-batch's part of it is copied: 3 bytes of colour, 8 of class, 8 of object.
+        one, micro = image(settings.mode), settings.micro_batch
+        waiting = 19 * size[0] * size[1] * (batch + micro)
+        return replace(one, kept=micro * one.kept, transient=micro * one.transient + waiting)
+
+    found, needed, least = _first_that_fits(budget, choices, count)
+    if found is not None:
+        return Plan(*found, budget, 1, batch, False)
+    raise ConfigError(
+        f"model.memory is {format_bytes(budget)}, but the leanest step of this model ({least.mode}, micro-batch "
+        f"{least.micro_batch}; {size[0]} x {size[1]} pixels) needs {needed}MiB; ask for that, or for smaller images "
+        "(data.crop, data.resize_max)."
+    )
+
+
+def _first_that_fits(
+    budget: int, choices: Sequence[Settings], count: Callable[[Settings], Footprint]
+) -> tuple[tuple[Settings, Footprint] | None, int, Settings]:
+    """The first choice within the budget; and of all that were counted, MiB of the least one, and which that is."""
     least: tuple[int, Settings] | None = None
     for settings in choices:
-        counted = count_step(*parts, config, classes, prompt_length, settings, weights=place)
-        if counted.total <= budget:
-            return Plan(settings, counted, budget, classes, batch, coupled)
+        counted = count(settings)
         if least is None or counted.total < least[0]:
             least = counted.total, settings
+        if counted.total <= budget:
+            return (settings, counted), -(-least[0] // 2**20), least[1]
     assert least is not None
-    needed = -(-least[0] // 2**20) * 2**20
-    raise ConfigError(
-        f"model.memory is {format_bytes(budget)}, but the leanest step of this model ({least[1]}; {classes} classes) "
-        f"needs {needed // 2**20}MiB; ask for that, or for fewer classes (data.sample_classes)."
-    )
+    return None, -(-least[0] // 2**20), least[1]
 
 
 def _shares(*modules: nn.Module | None) -> int:
@@ -265,9 +329,94 @@ def count_step(
         # The peak is convex in the chunk: four fifths of the slope above keep the inferred one on the safe side.
         _, above = _pass(*parts, 2 * coarse)
         peak = max(kept, peak - int(0.8 * (above - peak) / coarse * (coarse - chunk)))
-    learnt = [p for m in (segmentor, objective) if m is not None for p in m.parameters() if p.requires_grad]
+    return _footprint((segmentor, objective), _shares(segmentor) if weights is None else weights, kept, peak)
+
+
+def count_mask_step(
+    segmentor: MaskSegmentor,
+    teacher: ConvNeXtCLIP | None,
+    config: Config,
+    vocabulary: Vocabulary,
+    size: tuple[int, int],
+    mode: str,
+    *,
+    objects: int = OBJECTS,
+    weights: int | None = None,
+) -> Footprint:
+    """Counted bytes of a step of mask proposals on one image, in float32.
+
+    Args:
+        segmentor, teacher: on the meta device.
+        size: height and width of the image, multiples of 32.
+        mode: a memory mode.
+        objects: in the image.
+        weights: as :func:`count_step`'s.
+    """
+    segmentor.use_memory(mode).train()
+    with _counting(segmentor, teacher) as live:
+        kept = _mask_pass(live, segmentor, teacher, config, vocabulary, size, objects)
+    return _footprint((segmentor,), _shares(segmentor) if weights is None else weights, kept, live.peak)
+
+
+def _footprint(learning: Sequence[nn.Module | None], weights: int, kept: int, peak: int) -> Footprint:
+    learnt = [p for m in learning if m is not None for p in m.parameters() if p.requires_grad]
     size = sum(p.numel() * p.element_size() for p in learnt)
-    return Footprint(_shares(segmentor) if weights is None else weights, size, 2 * size, kept, max(0, peak - kept))
+    return Footprint(weights, size, 2 * size, kept, max(0, peak - kept))
+
+
+@contextmanager
+def _counting(*modules: nn.Module | None) -> Iterator[LiveBytes]:
+    """Counts what is made inside, but for parameters, gradients and buffers of modules on the meta device."""
+    there: list[Tensor] = []  # before, and counted apart
+    for module in modules:
+        if module is not None:
+            for p in module.parameters():
+                p.grad = torch.empty_like(p) if p.requires_grad else None
+                there += [p] if p.grad is None else [p, p.grad]
+            there += module.buffers()
+    with LiveBytes() as live:
+        live.leave_out(*there)
+        yield live
+
+
+def _mask_pass(
+    live: LiveBytes,
+    segmentor: MaskSegmentor,
+    teacher: ConvNeXtCLIP | None,
+    config: Config,
+    vocabulary: Vocabulary,
+    size: tuple[int, int],
+    objects: int,
+) -> int:
+    """Forward and backward of one image on the meta device; bytes kept between the two."""
+    from infoclip.objective import SetCriterion, mask_aware_loss, representation_compensation
+
+    class AnyMatch(SetCriterion):
+        def match(self, logits: Any, mask_logits: Any, labels: Any, masks: Any) -> list[tuple[Tensor, Tensor]]:
+            count = min(objects, self.config.queries)
+            return [(torch.arange(count), torch.arange(count))]
+
+    def draw(*shape: int, device: Any = None) -> Tensor:
+        return torch.empty(*shape, device="meta")
+
+    image = torch.empty(1, 3, *size, device="meta")
+    rows = torch.empty(vocabulary.rows.shape, device="meta")
+    labels = [torch.empty(objects, dtype=torch.int64, device="meta")]
+    masks = [torch.empty(objects, *size, dtype=torch.bool, device="meta")]
+    output = segmentor(image, vocabulary._replace(rows=rows))
+    terms = list(AnyMatch(config.mask, draw)(output.proposals, labels, masks).values())
+    if segmentor.cdt is not None:
+        terms.append(mask_aware_loss(output.clip_logits, output.masks, labels, masks))
+    if teacher is not None:
+        with torch.no_grad():
+            dense = teacher.encode_image(image).dense
+        terms.append(representation_compensation(output.dense, dense))
+        del dense
+    loss = torch.stack(terms).sum()
+    del output, terms
+    kept = live.now
+    torch.autograd.backward(loss)
+    return kept
 
 
 def _pass(
@@ -289,15 +438,7 @@ def _pass(
     prompts = segmentor.num_templates
     segmentor.use_memory(mode, chunk).train()
     recompute = mode in ("balanced", "lean")
-    there: list[Tensor] = []  # before, and counted apart
-    for module in (segmentor, teacher, objective):
-        if module is not None:
-            for p in module.parameters():
-                p.grad = torch.empty_like(p) if p.requires_grad else None
-                there += [p] if p.grad is None else [p, p.grad]
-            there += module.buffers()
-    with LiveBytes() as live:
-        live.leave_out(*there)
+    with _counting(segmentor, teacher, objective) as live:
         image = torch.empty(micro, 3, side, side, device="meta")
         frozen = clip.text_frozen
         keep = torch.is_grad_enabled() and not frozen and not recompute

@@ -433,16 +433,21 @@ class _Run:
             torch.cuda.empty_cache()
         below = lower(self.settings, classes, self.coupled, self.device)
         if below is None:
-            hint = "" if self.coupled and self.config.data.batch_size > 1 else " or clip.image_size"
             raise OutOfMemoryError(
                 f"Out of memory at step {self.step + 1} with the leanest settings ({self.settings}); free memory on "
-                f"{self.device}, or lower data.sample_classes, data.batch_size{hint} ({shortage.rstrip('.')})."
+                f"{self.device}, or lower {self._smaller} ({shortage.rstrip('.')})."
             )
         text = f"out of memory at step {self.step + 1} with {self.settings}: repeated with {below}"
         warnings.warn(text, InfoclipWarning, stacklevel=2)
         self._use(below)
         if self.log is not None:
             self.log.event(self.step + 1, text, {"settings": dataclasses.asdict(below), "shortage": shortage})
+
+    @property
+    def _smaller(self) -> str:
+        """Settings that take less memory where lowered."""
+        coupled = self.coupled and self.config.data.batch_size > 1
+        return "data.sample_classes, data.batch_size" + ("" if coupled else " or clip.image_size")
 
     def _use(self, settings: Settings) -> None:
         self.settings = settings

@@ -108,8 +108,9 @@ class SetCriterion:
                     f"image {i} has labels of shape {list(label.shape)} and masks of {list(mask.shape)}; "
                     "expected [n] and [n, H, W]"
                 )
-            inside = not len(label) or 0 <= int(label.min()) <= int(label.max()) < logits.shape[-1] - 1
-            if label.device.type == "cpu" and not inside:
+            if label.device.type != "cpu" or not len(label):
+                continue
+            if not 0 <= int(label.min()) <= int(label.max()) < logits.shape[-1] - 1:
                 raise ValueError(f"image {i} has a label outside 0..{logits.shape[-1] - 2}")
         losses: dict[str, Tensor] = {}
         order = [len(proposals) - 1, *range(len(proposals) - 1)]  # as published, which decides what is drawn for which

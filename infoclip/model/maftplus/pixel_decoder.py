@@ -16,6 +16,7 @@ from infoclip.config import MaskConfig
 from infoclip.kernels.ms_deform_attn import ms_deform_attn
 from infoclip.model.maftplus.transfer import sine_position
 from infoclip.model.memory import region
+from infoclip.objective.numerics import full_precision, widened
 
 __all__ = ["LEVELS", "DeformableAttention", "PixelDecoder", "reference_points"]
 
@@ -192,8 +193,8 @@ class PixelDecoder(nn.Module):
         maps: Sequence[Tensor],  # [B, C_s, H / s, W / s] at strides s = 4, 8, 16, 32
     ) -> tuple[Tensor, list[Tensor]]:  # [B, C, H / 4, W / 4], [B, C, H / s, W / s] at strides 32, 16, 8
         """The map of mask features, and the maps of the three levels, coarsest first."""
-        with torch.autocast(maps[0].device.type, enabled=False):
-            return self._forward([x.float() if x.dtype != torch.float64 else x for x in maps])
+        with full_precision(maps[0]):
+            return self._forward([widened(x) for x in maps])
 
     def _forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         levels = [project(x) for project, x in zip(self.input_proj, reversed(maps[1:]), strict=True)]
