@@ -258,8 +258,8 @@ def load(path: str | Path, device: str = "auto") -> Model:
     """Load a trained model.
 
     Args:
-        path: a run directory, a model directory, or a checkpoint file of the published CAT-Seg (``model_final.pth``);
-            for one with other sizes than the published models' see :func:`infoclip.convert.convert_catseg`.
+        path: a run directory, a model directory, or a checkpoint file of the published CAT-Seg, FC-CLIP or MAFT+
+            (``model_final.pth``); for one with other sizes than the published models' see :mod:`infoclip.convert`.
         device: ``auto`` (CUDA if there is one), ``cpu`` or ``cuda``.
 
     Raises:
@@ -268,9 +268,9 @@ def load(path: str | Path, device: str = "auto") -> Model:
     """
     place = _device(device)
     if _is_published(Path(path)):
-        from infoclip.convert import read_catseg
+        from infoclip.convert import read_published
 
-        published = read_catseg(path)
+        published = read_published(path)
         return Model(published.segmentor.to(place), published.config, published.classes)
     from infoclip.model.checkpoint import load_model
 

@@ -280,6 +280,70 @@ def convert_to_catseg(
     print(f"{write_catseg(model, out)} entries are in {out}")
 
 
+@convert_app.command("maftplus")
+@_guarded
+def convert_from_maftplus(
+    checkpoint: Annotated[Path, typer.Argument(help="model_final.pth of the published MAFT+.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the model.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings that weights cannot tell: mask.panoptic=true."),
+    ] = None,
+    classes: Annotated[str, typer.Option(help="Training classes: a shipped list or a file. Default: COCO's.")] = "",
+) -> None:
+    """Turn a published MAFT+ checkpoint into a model folder; every entry is accounted for."""
+    _convert_masks("maftplus", checkpoint, out, overrides, classes)
+
+
+@convert_app.command("fcclip")
+@_guarded
+def convert_from_fcclip(
+    checkpoint: Annotated[Path, typer.Argument(help="model_final.pth of the published FC-CLIP.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the model.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that weights cannot tell.")
+    ] = None,
+    classes: Annotated[str, typer.Option(help="Training classes: a shipped list or a file. Default: COCO's.")] = "",
+) -> None:
+    """Turn a published FC-CLIP checkpoint into a model folder; every entry is accounted for."""
+    _convert_masks("fcclip", checkpoint, out, overrides, classes)
+
+
+def _convert_masks(system: str, checkpoint: Path, out: Path, overrides: list[str] | None, classes: str) -> None:
+    from infoclip.convert import convert_masks
+
+    read = convert_masks(checkpoint, out, system, overrides or [], classes)
+    print(f"{read.loaded} entries loaded, {len(read.derived)} of the frozen CLIP and the loss checked, none left over")
+    print(f"{read.config.clip.model}, {len(read.classes)} classes")
+    if read.left_out:
+        print(f"beside the weights, not needed: {', '.join(read.left_out)}")
+    print(f"The model is in {out}")
+
+
+@convert_app.command("to-maftplus")
+@_guarded
+def convert_to_maftplus(
+    model: Annotated[Path, typer.Argument(help="A run, or a model folder.")],
+    out: Annotated[Path, typer.Argument(help="The file, such as model_final.pth.")],
+) -> None:
+    """Write a model in the form that the published MAFT+ code loads."""
+    from infoclip.convert import write_masks
+
+    print(f"{write_masks(model, out, 'maftplus')} entries are in {out}")
+
+
+@convert_app.command("to-fcclip")
+@_guarded
+def convert_to_fcclip(
+    model: Annotated[Path, typer.Argument(help="A run, or a model folder.")],
+    out: Annotated[Path, typer.Argument(help="The file, such as model_final.pth.")],
+) -> None:
+    """Write a model in the form that the published FC-CLIP code loads."""
+    from infoclip.convert import write_masks
+
+    print(f"{write_masks(model, out, 'fcclip')} entries are in {out}")
+
+
 @app.command()
 @_guarded
 def train(

@@ -42,8 +42,8 @@ def fault(root: Path, **options: Any) -> str:
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("coco_stuff_171", 171), ("ade20k_150", 150), ("ade20k_847", 847), ("pascal_context_59", 59),
-     ("pascal_context_459", 459), ("voc_20", 20), ("voc_20b", 59)],
+    [("coco_stuff_171", 171), ("coco_panoptic_133", 133), ("ade20k_150", 150), ("ade20k_847", 847),
+     ("pascal_context_59", 59), ("pascal_context_459", 459), ("voc_20", 20), ("voc_20b", 59)],
 )  # fmt: skip
 def test_shipped_lists_are_whole(name: str, count: int) -> None:
     classes = load_classes(name)

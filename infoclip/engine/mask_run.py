@@ -129,7 +129,7 @@ class MaskRun(_Run):
         def draw() -> Any:
             from infoclip.model.maftplus.inference import semantic
 
-            # Classes are scored at the masks' size, a quarter: at the picture's, each would take as much as the picture.
+            # At the masks' size, a quarter: at the picture's own, the scores of each class take as much as a picture.
             height, width = batch["mask"].shape[-2:]
             coarse = torch.stack(
                 [
