@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -48,10 +49,15 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
-        warnings.showwarning = _show_warning
+        warnings.showwarning = show_warning
         try:
             return command(*args, **kwargs)
         except InfoclipError as error:
+            if _rank():
+                # The first process speaks for all. torchrun ends it as soon as this one is gone: let it finish.
+                time.sleep(1)
+                if error.shared:
+                    raise typer.Exit(error.exit_code) from None
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
             _fail("interrupted.", 130)
@@ -64,7 +70,12 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+def _rank() -> int:
+    """This process's number among those of ``torchrun``."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
     """Our own warnings are for the user, one line each; those of libraries are for developers and stay out of sight."""
     if issubclass(category, InfoclipWarning):
         print(f"warning: {message}", file=sys.stderr)
@@ -351,6 +362,9 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = ...,  # type: ignore[assignment]
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes that share each batch, one a GPU; or start them with torchrun.")
+    ] = 1,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Train a segmentor."""
@@ -362,9 +376,13 @@ def train(
     from infoclip.engine.train import train as run
 
     try:
-        result = run(config, out, resume=resume, progress=not quiet)
+        result = run(config, out, resume=resume, progress=not quiet, processes=processes)
     except KeyboardInterrupt:
+        if _rank():
+            raise typer.Exit(130) from None
         _fail(f"interrupted; the same command with --resume continues {out} from its newest checkpoint.", 130)
+    if _rank():
+        return
     speed = f", {result.images_per_second:.1f} images/s" if result.seconds else ""
     print(f"{result.steps} steps in {result.seconds:.0f} s{speed}; the model is in {result.model_dir}")
 
@@ -458,7 +476,7 @@ def evaluate(
             path, root / images, root / masks, chosen, label_map=label_map or None, ignore_index=ignore_index, **options
         )
         results, titles = {"evaluation": result}, {"evaluation": "evaluation"}
-    if int(os.environ.get("RANK", "0")):
+    if _rank():
         return  # torchrun: the first process speaks for all
     console = Console()
     for name, result in results.items():

@@ -8,8 +8,8 @@ as the kind of mistake demands.
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "InfoclipError", "InfoclipWarning", "NonFiniteLossError",
-           "OutOfMemoryError", "StorageError"]  # fmt: skip
+__all__ = ["CheckpointError", "ConfigError", "DataError", "InfoclipError", "InfoclipWarning", "LostProcessError",
+           "NonFiniteLossError", "OutOfMemoryError", "StorageError"]  # fmt: skip
 
 
 class InfoclipWarning(UserWarning):
@@ -23,6 +23,8 @@ class InfoclipError(Exception):
     """
 
     exit_code: int = 2
+    shared: bool = False
+    """Whether every process of the run ends with this error, so that one of them speaks for all."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(
@@ -58,3 +60,10 @@ class OutOfMemoryError(InfoclipError, RuntimeError):
     """Memory ran out and there is no leaner way to take the step."""
 
     exit_code = 1
+
+
+class LostProcessError(InfoclipError, RuntimeError):
+    """Another process of the same run has ended, so that this one cannot go on."""
+
+    exit_code = 1
+    shared = True

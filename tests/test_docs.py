@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,8 @@ from infoclip.model.checkpoint import save_model
 from infoclip.model.segmentor import Segmentor, build_segmentor
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = ["train-coco-stuff", "evaluate-benchmarks", "own-data", "published-weights", "predict-and-export", "small-gpu"]
+PAGES = ["train-coco-stuff", "evaluate-benchmarks", "own-data", "published-weights", "predict-and-export", "small-gpu",
+         "many-gpus"]  # fmt: skip
 TINY = [
     "clip.image_size=32", "model.hidden_dim=16", "model.num_layers=1", "model.num_heads=2", "model.window_size=2",
     "model.text_guidance_proj_dim=16", "model.appearance_guidance_proj_dim=16", "model.decoder_dims=16,16",
@@ -31,8 +34,10 @@ TINY = [
 
 
 def commands(page: str) -> list[str]:
-    """The lines of a page that call ``infoclip``."""
-    return re.findall(r"^    (infoclip .*)$", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.MULTILINE)
+    """The lines of a page that call ``infoclip``, on its own or in the processes of ``torchrun``."""
+    return re.findall(
+        r"^    ((?:torchrun .* -m )?infoclip .*)$", (DOCS / f"{page}.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
 
 
 @pytest.fixture
@@ -68,12 +73,20 @@ def _small_published(monkeypatch: pytest.MonkeyPatch, segmentor: Segmentor) -> N
 
 
 def run(line: str, place: Path) -> str:
-    words = [word.replace("/data", str(place / "data")) for word in shlex.split(line)[1:]]
+    words = [word.replace("/data", str(place / "data")) for word in shlex.split(line)]
+    for option in {"--processes", "--nproc_per_node"} & set(words):
+        words[words.index(option) + 1] = "2"  # of a machine of two cores
+    launcher, words = words[: words.index("infoclip")], words[words.index("infoclip") + 1 :]
     if words[0] == "train" and not words[1].endswith(".json"):
         words = [word for word in words if not word.startswith("clip.pretrained=")]
         words[2:2] = [*TINY, "clip.model=tiny_clip.json"]
     if words[0] == "data" and words[1] == "check":
         words += ["--quiet"]
+    if launcher:
+        launcher[:1] = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        done = subprocess.run([*launcher, "infoclip", *words], capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
     answer = CliRunner().invoke(app, words)
     assert answer.exit_code == 0, f"{line}\n{answer.output}\n{answer.stderr}\n{answer.exception!r}"
     return answer.output

@@ -26,7 +26,7 @@ from infoclip.data.classes import load_classes, overlap
 from infoclip.errors import ConfigError, DataError, InfoclipError, InfoclipWarning
 from infoclip.evaluate.metrics import Confusion, PairCounts, SegmentationMetrics
 from infoclip.evaluate.run import SIX, evaluate_benchmarks, evaluate_folder
-from infoclip.evaluate.workers import Workers, run_in_processes
+from infoclip.workers import Workers, run_in_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore::infoclip.errors.InfoclipWarning")
 

@@ -17,6 +17,7 @@ from training_data import CLASSES, INFOCLIP, tiny_config, weights, write_folders
 
 from infoclip.config import AlignConfig, Config, apply_overrides, load_config
 from infoclip.engine import checkpoint as ckpt
+from infoclip.engine.distributed import Ranks
 from infoclip.engine.log import RunLog, read_log
 from infoclip.engine.train import choose_classes, train
 from infoclip.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, StorageError
@@ -364,7 +365,12 @@ def test_on_an_accelerator_the_flag_waits_for_the_next_check(tmp_path: Path) -> 
     from infoclip.engine.train import _Run
 
     run: Any = SimpleNamespace(
-        device=SimpleNamespace(type="cuda"), first_bad=torch.full((), -1), recent=[], checkpoints=tmp_path, step=0
+        ranks=Ranks(),
+        device=SimpleNamespace(type="cuda"),
+        first_bad=torch.full((), -1),
+        recent=[],
+        checkpoints=tmp_path,
+        step=0,
     )
     run._stop = lambda step, loss: _Run._stop(run, step, loss)
     for run.step, (loss, norm) in enumerate([(1.0, 1.0), (1.0, 2.0), (1.0, float("inf")), (float("nan"), 1.0)]):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -18,7 +19,7 @@ from infoclip.data.objects import find_objects
 from infoclip.data.transforms import PAD_VALUE, derive_seed, seeded
 from infoclip.errors import DataError, InfoclipError
 
-__all__ = ["ResumableLoader"]
+__all__ = ["ResumableLoader", "pad_to"]
 
 
 class ResumableLoader:
@@ -38,6 +39,8 @@ class ResumableLoader:
         ignore_index: label of padded pixels.
         pin_memory: page-locked batches, for copies to CUDA that overlap.
         objects: list each picture's objects, as training by masks needs them.
+        part: of every batch only these, where several processes share it; samples, their order and their augmentation
+            are those of the whole batch.
 
     Raises:
         DataError: an empty dataset; while iterating, whatever fault the dataset finds, also from a worker.
@@ -53,6 +56,7 @@ class ResumableLoader:
         ignore_index: int = 255,
         pin_memory: bool = False,
         objects: bool = False,
+        part: slice | None = None,
     ) -> None:
         self._size = len(dataset)  # type: ignore[arg-type]
         if self._size == 0:
@@ -60,6 +64,7 @@ class ResumableLoader:
         self._dataset = _Numbered(dataset, seed, transform)
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self._ignore_index, self._pin_memory, self._objects = ignore_index, pin_memory, objects
+        self._part = part or slice(None)
         self._consumed = 0
         self._iterator: Iterator[Any] | None = None
 
@@ -84,7 +89,7 @@ class ResumableLoader:
     def start(self) -> None:
         """Start the workers now (before threads that a fork should not copy)."""
         self.close()
-        order = _Order(self._size, self.batch_size, self.seed, self._consumed)
+        order = _Order(self._size, self.batch_size, self.seed, self._consumed, self._part)
         loader: DataLoader[Any] = DataLoader(
             self._dataset,
             batch_sampler=order,
@@ -147,10 +152,10 @@ class _Numbered(Dataset[Any]):
 
 
 class _Order(Sampler[list[tuple[int, int]]]):
-    """Endless batches of (global number, dataset index) from sample ``start`` on."""
+    """Endless batches of (global number, dataset index) from sample ``start`` on; of each its ``part``."""
 
-    def __init__(self, size: int, batch_size: int, seed: int, start: int) -> None:
-        self.size, self.batch_size, self.seed, self.start = size, batch_size, seed, start
+    def __init__(self, size: int, batch_size: int, seed: int, start: int, part: slice) -> None:
+        self.size, self.batch_size, self.seed, self.start, self.part = size, batch_size, seed, start, part
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         number, epoch, order = self.start, -1, torch.empty(0, dtype=torch.int64)
@@ -163,7 +168,7 @@ class _Order(Sampler[list[tuple[int, int]]]):
                     order = torch.randperm(self.size, generator=generator)
                 batch.append((number, int(order[number % self.size])))
                 number += 1
-            yield batch
+            yield batch[self.part]
 
 
 class _Collate:
@@ -191,9 +196,11 @@ class _Collate:
 def _stack(tensors: list[Tensor], fill: int) -> Tensor:  # B x [..., H, W] -> [B, ..., Hmax, Wmax]
     plain = [t.as_subclass(Tensor) for t in tensors]
     height, width = max(t.shape[-2] for t in plain), max(t.shape[-1] for t in plain)
-    if all(t.shape[-2:] == (height, width) for t in plain):
-        return torch.stack(plain)
-    out = plain[0].new_full((len(plain), *plain[0].shape[:-2], height, width), fill)
-    for row, t in zip(out, plain, strict=True):
-        row[..., : t.shape[-2], : t.shape[-1]] = t
-    return out
+    return torch.stack([pad_to(t, height, width, fill) for t in plain])
+
+
+def pad_to(x: Tensor, height: int, width: int, fill: int) -> Tensor:  # [..., h, w] -> [..., height, width]
+    """Padded right and below; itself where there is nothing to pad."""
+    if x.shape[-2:] == (height, width):
+        return x
+    return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), value=fill)

@@ -18,6 +18,7 @@ from infoclip.clip.convnext import STRIDE
 from infoclip.config import MaskConfig
 from infoclip.data.objects import Objects, object_masks
 from infoclip.data.transforms import derive_seed
+from infoclip.engine.distributed import WholeBatch
 from infoclip.engine.planner import Plan, make_mask_plan
 from infoclip.engine.train import _fingerprint, _panel, _Run
 from infoclip.errors import InfoclipWarning
@@ -38,6 +39,7 @@ class MaskRun(_Run):
 
         config, device = self.config, self.device
         self.segmentor = build_mask_segmentor(config).to(device).train()
+        self.ranks.same_weights(self.segmentor)
         clip = self.segmentor.clip
         self.bank = TextBank(clip, self.templates, text_cache_dir())
         self.vocabulary = self.segmentor.vocabulary(self.classes, embed=self.bank)
@@ -50,7 +52,7 @@ class MaskRun(_Run):
         self.crowded = False
 
     def _make_plan(self, budget: int) -> Plan:
-        return make_mask_plan(budget, self.config, self.segmentor, self.teacher, self.vocabulary, self._largest())
+        return make_mask_plan(budget, self._share, self.segmentor, self.teacher, self.vocabulary, self._largest())
 
     def _largest(self) -> tuple[int, int]:
         """Height and width that the network sees of the largest batch that the augmentation can make."""
@@ -72,20 +74,23 @@ class MaskRun(_Run):
     def _smaller(self) -> str:
         return "data.batch_size, data.crop or data.resize"
 
-    def _gradients(self, batches: list[dict[str, Any]], chosen: Tensor | None) -> tuple[dict[str, Tensor], Any]:
+    def _gradients(
+        self, batches: list[dict[str, Any]], wholes: list[WholeBatch], chosen: Tensor | None
+    ) -> tuple[dict[str, Tensor], Any]:
         config = self.config
-        generator = torch.Generator(self.device).manual_seed(derive_seed(config.train.seed, "points", self.step))
+        mine = f" of process {self.ranks.workers.rank}" if self.ranks.workers.rank else ""  # each draws its own
+        generator = torch.Generator(self.device).manual_seed(derive_seed(config.train.seed, f"points{mine}", self.step))
         if config.mask.student_drop_path or config.mask.teacher_drop_path:
-            torch.manual_seed(derive_seed(config.train.seed, "drop path", self.step))
+            torch.manual_seed(derive_seed(config.train.seed, f"drop path{mine}", self.step))
         totals: dict[str, Tensor] = {}
         picture = None
-        for batch in batches:
+        for batch, whole in zip(batches, wholes, strict=True):
             self._count_objects(batch)
             size = self.settings.micro_batch
             for start in range(0, len(batch["image"]), size):
                 part = {key: value[start : start + size] for key, value in batch.items()}
                 terms, draw = self._losses(part, generator)
-                share = shares(part["objects"], batch["objects"], config.mask)
+                share = shares(part["objects"], whole.objects, config.mask)
                 weighted = {name: value * (share[name] / len(batches)) for name, value in terms.items()}
                 loss = torch.stack(list(weighted.values())).sum()
                 loss.backward()

@@ -32,6 +32,7 @@ from infoclip.data.loader import ResumableLoader
 from infoclip.data.panoptic import open_panoptic
 from infoclip.data.transforms import derive_seed, training_transform
 from infoclip.engine import checkpoint as ckpt
+from infoclip.engine.distributed import Ranks, SharedShortageError, WholeBatch
 from infoclip.engine.environment import collect_environment, peak_memory_mib
 from infoclip.engine.log import ProgressLine, RunLog
 from infoclip.engine.optim import allocate_moments, build_optimizer, clip_gradients, lr_factor, set_learning_rate
@@ -44,6 +45,7 @@ from infoclip.errors import (
     NonFiniteLossError,
     OutOfMemoryError,
 )
+from infoclip.workers import joined, run_in_processes
 
 if TYPE_CHECKING:
     from infoclip.clip import DenseCLIP
@@ -83,7 +85,9 @@ class TrainResult:
     peak_memory_mib: float
 
 
-def train(config: Config, out: str | Path, resume: bool = False, progress: bool = True) -> TrainResult:
+def train(
+    config: Config, out: str | Path, resume: bool = False, progress: bool = True, processes: int = 1
+) -> TrainResult:
     """Train a segmentor and leave the run in ``out``.
 
     ``out`` then holds ``config.json``, ``environment.json``, ``log.jsonl``, ``tensorboard/``,
@@ -94,38 +98,51 @@ def train(config: Config, out: str | Path, resume: bool = False, progress: bool 
     kept on the device and read on logging steps and before every checkpoint, so that no step waits for it and no
     checkpoint is ever made after the fault.
 
+    Several processes share each batch (:mod:`infoclip.engine.distributed`); ``out`` and the data have the same paths in
+    all of them. What they reach differs from what one does by rounding alone, and a run can go on with another number.
+
     Args:
         config: everything that decides the result (``infoclip.recipes``).
         out: the run's folder.
         resume: continue from the newest complete checkpoint; without one, or in a new folder, start.
         progress: show a progress bar on stderr.
+        processes: so many are started here, each on a GPU of its own where there are GPUs; within ``torchrun`` its
+            processes train together.
 
     Raises:
-        ConfigError: ``out`` holds a run and ``resume`` is off, or the run had other settings.
+        ConfigError: ``out`` holds a run and ``resume`` is off, the run had other settings, or there are more processes
+            than images in a batch.
         DataError: the data are missing or faulty.
         CheckpointError: CLIP's weights or the checkpoint do not fit.
         NonFiniteLossError: with the step, the files of its batch and the last good checkpoint.
         StorageError: the disk is full or not writable; earlier checkpoints stay whole.
+        LostProcessError: another process of the run was killed.
     """
-    config.validate()
     out = Path(out)
-    _check_folder(config, out, resume)
-    device = _device(config.train.device)
-    with _process_settings(config, device):
-        run = build_run(config, out, device)
-        try:
-            return run.go(progress)
-        finally:
-            run.close()
+    if processes > 1:
+        return run_in_processes(processes, train, config.validate(), out, resume, progress, heard=True)
+    with joined() as workers:
+        ranks = Ranks(workers, config.data.batch_size)
+        with ranks.together():
+            config.validate()
+            ranks.by_first(lambda: _check_folder(config, out, resume))
+            device = _device(workers.device(config.train.device))
+            with _process_settings(config, device):
+                ranks.compute_on(device)
+                run = build_run(config, out, device, ranks)
+                try:
+                    return run.go(progress)
+                finally:
+                    run.close()
 
 
-def build_run(config: Config, out: Path, device: torch.device) -> _Run:
+def build_run(config: Config, out: Path, device: torch.device, ranks: Ranks | None = None) -> _Run:
     """The run of a config's system, with its data read and its model built; errors as :func:`train`'s."""
     if config.system == "catseg":
-        return _Run(config, out, device)
+        return _Run(config, out, device, ranks)
     from infoclip.engine.mask_run import MaskRun
 
-    return MaskRun(config, out, device)
+    return MaskRun(config, out, device, ranks)
 
 
 def training_data(config: Config, out: Path) -> PairDataset:
@@ -189,10 +206,11 @@ def choose_classes(present: Tensor, total: int, limit: int, seed: int, step: int
 class _Run:
     """One run: its parts, the loop, and what a checkpoint holds."""
 
-    def __init__(self, config: Config, out: Path, device: torch.device) -> None:
+    def __init__(self, config: Config, out: Path, device: torch.device, ranks: Ranks | None = None) -> None:
         from infoclip.clip.templates import resolve_templates
 
         self.config, self.out, self.device = config, out, device
+        self.ranks = ranks or Ranks(batch=config.data.batch_size)
         self.before = int(psutil.Process().memory_info().rss) if device.type == "cpu" else 0
         self.peak_before = self._peak() if device.type == "cpu" else 0
         self.checkpoints = out / "checkpoints"
@@ -201,7 +219,7 @@ class _Run:
         self.loader: ResumableLoader | None = None
 
         torch.manual_seed(config.train.seed)
-        self.dataset = training_data(config, out)
+        self.dataset = self.ranks.in_turn(lambda: training_data(config, out))
         self.classes = self.dataset.classes
         self.ignore_index = self.dataset.ignore_index
         self.templates = resolve_templates(config.clip.templates)
@@ -221,12 +239,16 @@ class _Run:
         self.loader = ResumableLoader(
             self.dataset, config.data.batch_size, config.train.seed, config.data.workers,
             augment, self.ignore_index, pin_memory=device.type == "cuda", objects=config.system != "catseg",
+            part=self.ranks.part,
         )  # fmt: skip
 
         self.coupled = couples(config)
-        self.settings = Settings("fast", config.model.class_chunk, config.data.batch_size)
+        self.settings = Settings("fast", config.model.class_chunk, self.ranks.most)
         self.plan: Plan | None = None
         self.budget = budget_of(config.model.memory, device)
+        if self.budget is not None:
+            shared = config.model.memory == "auto" and device.type == "cpu"  # the free memory of one machine
+            self.budget = min(self.ranks.gather(self.budget // self.ranks.here if shared else self.budget))
 
         # since the last logging step: sums on the device, and how many steps gave each
         self.sums: dict[str, Tensor] = {}
@@ -244,6 +266,7 @@ class _Run:
         config, device = self.config, self.device
         self.segmentor: Any = build_segmentor(config).to(device).train()
         clip: DenseCLIP = self.segmentor.clip
+        self.ranks.same_weights(self.segmentor)
         clip.prompt_tokens(self.classes, self.templates)  # a name that does not fit fails here, not at its first draw
         self.bank = TextBank(clip, self.templates, text_cache_dir())
         self.teacher: Any = None
@@ -253,6 +276,7 @@ class _Run:
             self.teacher = clip.frozen_copy()
             self.teacher_hash = _fingerprint(self.teacher)
             self.objective = AlignmentObjective(config.align, clip.embed_dim).to(device).train()
+            self.ranks.same_weights(self.objective)
             self.teacher_text = TextBank(self.teacher, self.templates, text_cache_dir())(self.classes)  # [T, P, d]
 
     # The loop
@@ -260,10 +284,11 @@ class _Run:
     def go(self, progress: bool) -> TrainResult:
         config, total = self.config, self.config.train.steps
         model_dir = self.out / "model"
+        progress = progress and self.ranks.first
         self._restore_or_plan()
         if self.step < total:
             self._allocate()
-        self._write_heads()
+        self.ranks.by_first(self._write_heads)
         assert self.loader is not None
         if self.plan is not None and progress and self.step < total:
             from rich.console import Console
@@ -271,8 +296,9 @@ class _Run:
             Console(stderr=True).print(self.plan.table())
         if self.step < total:
             self.loader.start()  # workers fork before TensorBoard and the progress bar start their threads
-        self.log = RunLog(self.out, self.step)
-        if self.plan is not None:
+        if self.ranks.first:
+            self.log = RunLog(self.out, self.step)
+        if self.plan is not None and self.log is not None:
             self.log.event(self.step, "memory plan", self.plan.to_dict())
         images = config.data.batch_size * config.train.grad_accumulation
         start_step, begin = self.step, time.perf_counter()
@@ -289,20 +315,23 @@ class _Run:
                 if last or self.step % config.train.log_every == 0:
                     rate = self._log(images, begin)
                     bar.note(self.losses["loss"], rate)
-                if picture is not None:
+                if picture is not None and self.log is not None:
                     self.log.image("train/image-truth-prediction", picture(), self.step)
                 if save:
                     self._save()
         seconds = time.perf_counter() - begin if self.step > start_step else 0.0
-        if start_step < total or not (model_dir / "config.json").exists():
+
+        def leave_model() -> None:
             from infoclip.model.checkpoint import save_model
 
-            with ckpt.storage_errors(f"the model {model_dir}"):
-                save_model(self.segmentor, config, self.classes, model_dir, {"steps": self.step})
+            if start_step < total or not (model_dir / "config.json").exists():
+                with ckpt.storage_errors(f"the model {model_dir}"):
+                    save_model(self.segmentor, config, self.classes, model_dir, {"steps": self.step})
+
+        self.ranks.by_first(leave_model)
         rate = (self.step - start_step) * images / seconds if seconds else 0.0
-        return TrainResult(
-            self.out, model_dir, self.step, seconds, rate, self.losses, peak_memory_mib(self.device.type)
-        )
+        peak = max(self.ranks.gather(peak_memory_mib(self.device.type)))
+        return TrainResult(self.out, model_dir, self.step, seconds, rate, self.losses, peak)
 
     def close(self) -> None:
         if self.loader is not None:
@@ -322,17 +351,32 @@ class _Run:
         set_learning_rate(
             self.optimizer, lr_factor(self.step, config.train.steps, config.optim.schedule, config.optim.warmup_steps)
         )
-        chosen = self._choose([batch["mask"] for batch in batches])
+        wanted = {
+            "sizes": not config.data.crop,
+            "labelled": config.train.ignored == "masked",
+            "present": 0 < config.data.sample_classes < len(self.classes),
+            "objects": config.system != "catseg",
+        }
+        wholes, present = self.ranks.complete(batches, self.ignore_index, wanted)
+        chosen = self._choose(present)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             shortage = None
             try:
-                totals, picture = self._gradients(batches, chosen)
+                totals, picture = self._gradients(batches, wholes, chosen)
+                totals = self.ranks.add_up(parameters, totals)
                 break
+            except SharedShortageError as error:
+                shortage = str(error)
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _is_shortage(error):
                     raise
                 shortage = str(error).splitlines()[0]
+                try:
+                    self.ranks.agree(shortage)
+                except SharedShortageError as told:
+                    shortage = str(told)
             # Outside the handler, whose traceback holds what the step had computed.
             self._step_down(shortage, len(self.classes) if chosen is None else len(chosen))
 
@@ -348,22 +392,33 @@ class _Run:
         due = config.train.image_every > 0 and (self.step + 1) % config.train.image_every == 0
         return picture if due else None
 
-    def _gradients(self, batches: list[dict[str, Any]], chosen: Tensor | None) -> tuple[dict[str, Tensor], Any]:
+    def _gradients(
+        self, batches: list[dict[str, Any]], wholes: list[WholeBatch], chosen: Tensor | None
+    ) -> tuple[dict[str, Tensor], Any]:
         """Forward and backward passes of a step: the losses by name, and a function that draws the first pictures.
+
+        Losses and gradients are this process's share of the step's.
 
         Nothing but the parameters' gradients changes, and nothing random is drawn: it can be repeated.
         """
         names = self.classes if chosen is None else [self.classes[i] for i in chosen.tolist()]
         clip = self.segmentor.clip
         recompute = self.settings.mode in ("balanced", "lean") and not clip.text_frozen
+        own = slice(None) if clip.text_frozen else self.ranks.workers.part(len(names))
         with self._autocast(), torch.set_grad_enabled(not recompute):
-            text = self._text(names, chosen)  # [T, P, d]
+            text = self._text(names[own], chosen) if names[own] else None  # [T, P, d]
         # A step's micro-batches share one pass through the text tower: gradients meet at this leaf.
-        leaf = text.detach().requires_grad_(not clip.text_frozen)
+        if self.ranks.count == 1 or clip.text_frozen:
+            assert text is not None
+            leaf = text.detach()
+        else:
+            shape = (len(names), len(self.templates), clip.embed_dim)
+            leaf = self.ranks.joined_rows(None if text is None else text.detach(), own, shape, self.device)
+        leaf.requires_grad_(not clip.text_frozen)
         totals: dict[str, Tensor] = {}
         picture = None
-        for batch in batches:
-            for part, images, pixels in self._divided(batch):
+        for batch, whole in zip(batches, wholes, strict=True):
+            for part, images, pixels in self._divided(batch, whole.labelled):
                 terms, draw = self._forward(part, leaf, chosen)
                 weighted = {name: value * (images / len(batches)) for name, value in terms.items()}
                 weighted["segmentation"] = terms["segmentation"] * (pixels / len(batches))
@@ -374,26 +429,27 @@ class _Run:
                 picture = picture or draw
                 del terms, weighted
         if leaf.grad is not None:
-            if recompute:
+            gradient = self.ranks.total(leaf.grad)[own]
+            if text is not None and recompute:
                 with self._autocast():
-                    clip.text_backward(names, leaf.grad, self.templates, PROMPTS)
-            else:
-                text.backward(leaf.grad)
+                    clip.text_backward(names[own], gradient, self.templates, PROMPTS)
+            elif text is not None:
+                text.backward(gradient)
         return totals, picture
 
-    def _divided(self, batch: dict[str, Any]) -> list[tuple[dict[str, Any], float, float]]:
-        """A batch's micro-batches, and of each its share of the images and of what the segmentation loss averages."""
-        total, size = len(batch["image"]), self.settings.micro_batch
-        if size >= total:
-            return [(batch, 1.0, 1.0)]
+    def _divided(self, batch: dict[str, Any], labelled: int) -> list[tuple[dict[str, Any], float, float]]:
+        """This process's micro-batches of a batch with so many labelled pixels.
+
+        Returns:
+            Each with its share of the whole batch's images, and of what the segmentation loss averages.
+        """
+        size = self.settings.micro_batch
         divided = []
-        labelled = (batch["mask"] != self.ignore_index).flatten(1).sum(1).double()
-        for start in range(0, total, size):
+        for start in range(0, len(batch["image"]), size):
             part = {key: value[start : start + size] for key, value in batch.items()}
-            images = len(part["image"]) / total
-            pixels = images
+            images = pixels = len(part["image"]) / self.ranks.batch
             if self.config.train.ignored == "masked":
-                pixels = float(labelled[start : start + size].sum() / labelled.sum().clamp_min(1))
+                pixels = int((part["mask"] != self.ignore_index).sum()) / max(1, labelled)
             divided.append((part, images, pixels))
         return divided
 
@@ -438,7 +494,8 @@ class _Run:
                 f"{self.device}, or lower {self._smaller} ({shortage.rstrip('.')})."
             )
         text = f"out of memory at step {self.step + 1} with {self.settings}: repeated with {below}"
-        warnings.warn(text, InfoclipWarning, stacklevel=2)
+        if self.ranks.first:
+            warnings.warn(text, InfoclipWarning, stacklevel=2)
         self._use(below)
         if self.log is not None:
             self.log.event(self.step + 1, text, {"settings": dataclasses.asdict(below), "shortage": shortage})
@@ -457,13 +514,20 @@ class _Run:
         """Settings of the checkpoint where the same memory was asked for, so that a resumed run has the same bits."""
         config = self.config
         earlier = self._restore()
-        if earlier.get("asked") == [config.model.memory, config.model.class_chunk]:
+        asked = [config.model.memory, config.model.class_chunk]
+        if earlier.get("asked") == asked and earlier.get("processes", 1) == self.ranks.count:
             self._use(Settings(**earlier["settings"]))
         elif self.budget is None:
-            self._use(Settings(config.model.memory, config.model.class_chunk, config.data.batch_size))
+            self._use(Settings(config.model.memory, config.model.class_chunk, self.ranks.most))
         else:
             self.plan = self._make_plan(self.budget)
             self._use(self.plan.settings)
+
+    @property
+    def _share(self) -> Config:
+        """The settings with the images of the process that takes the most, which decides for all. (Of the prompts it
+        takes a part as well: what a plan counts for them is more than it needs.)"""
+        return dataclasses.replace(self.config, data=dataclasses.replace(self.config.data, batch_size=self.ranks.most))
 
     def _make_plan(self, budget: int) -> Plan:
         config, clip = self.config, self.segmentor.clip
@@ -471,23 +535,27 @@ class _Run:
         classes = min(limit, len(self.classes)) if limit > 0 else len(self.classes)
         tokens = clip.prompt_tokens(self.classes, self.templates).flatten(0, 1)
         length = int(clip._read_positions(tokens).max()) + 1 if clip._cuts_context else tokens.shape[1]
-        return make_plan(budget, config, self.segmentor, self.teacher, self.objective, classes, length, self.device)
+        return make_plan(
+            budget, self._share, self.segmentor, self.teacher, self.objective, classes, length, self.device
+        )
 
     def _measured(self) -> None:
         """The first real step against the plan: what it took is logged, and settings that took too much are lowered."""
         assert self.plan is not None
-        assert self.log is not None
-        if self._peak() <= self.peak_before:
-            return  # the process had held as much before: nothing can be told
-        peak = self._peak() - self.before
+        # -1: the process had held as much before, and nothing can be told
+        peak = max(self.ranks.gather(max(0, self._peak() - self.before) if self._peak() > self.peak_before else -1))
+        if peak < 0:
+            return
         values = {"measured": peak, "counted": self.plan.footprint.total, "budget": self.plan.budget}
-        self.log.event(self.step + 1, f"the first step took {format_bytes(max(peak, 0))}", values)
+        if self.log is not None:
+            self.log.event(self.step + 1, f"the first step took {format_bytes(peak)}", values)
         if peak > self.plan.budget:
             below = lower(self.settings, self.plan.classes, self.coupled, self.device)
             more = f"goes on with {below}" if below else "there are no leaner settings"
             text = f"the first step took {format_bytes(peak)} of {format_bytes(self.plan.budget)}; {more}"
-            warnings.warn(text, InfoclipWarning, stacklevel=2)
-            self.log.event(self.step + 1, text, {})
+            if self.log is not None:
+                warnings.warn(text, InfoclipWarning, stacklevel=2)
+                self.log.event(self.step + 1, text, {})
             if below:
                 self._use(below)
 
@@ -519,9 +587,12 @@ class _Run:
             with torch.no_grad(), self._autocast():
                 dense = self.teacher.encode_image(image).dense
             teacher_text = self.teacher_text if chosen is None else self.teacher_text[chosen.to(self.device)]
+            pixels = [_pixels(output.dense), _pixels(dense)]
+            if self.coupled:
+                pixels = [self.ranks.whole_batch(x) for x in pixels]
             result = self.objective(
-                student=Embeddings(_pixels(output.dense), text.mean(dim=1).float()),
-                teacher=Embeddings(_pixels(dense), teacher_text.mean(dim=1)),
+                student=Embeddings(pixels[0], text.mean(dim=1).float()),
+                teacher=Embeddings(pixels[1], teacher_text.mean(dim=1)),
                 step=self.step,
             )
             terms = {"loss": task + result.loss, "segmentation": task, **result.terms}
@@ -535,11 +606,10 @@ class _Run:
 
         return terms, draw
 
-    def _choose(self, masks: list[Tensor]) -> Tensor | None:
-        limit, total = self.config.data.sample_classes, len(self.classes)
-        if limit <= 0 or limit >= total:
+    def _choose(self, present: Tensor | None) -> Tensor | None:
+        if present is None:
             return None
-        present = torch.cat([m.unique() for m in masks]).unique()
+        limit, total = self.config.data.sample_classes, len(self.classes)
         return choose_classes(present[present < total], total, limit, self.config.train.seed, self.step)
 
     def _text(self, names: list[str], chosen: Tensor | None) -> Tensor:  # -> [T, P, d]
@@ -572,7 +642,8 @@ class _Run:
             self.recent.clear()
 
     def _stop(self, step: int, loss: float | None) -> None:
-        files = next((files for number, files in self.recent if number == step), [])
+        mine = next((files for number, files in self.recent if number == step), [])
+        files = [name for names in self.ranks.gather(mine) for name in names]
         found = ckpt.latest_checkpoint(self.checkpoints)
         good = f"the last good checkpoint is {found[1]}" if found else "there is no checkpoint yet"
         what = "The loss or its gradient is not finite"
@@ -587,8 +658,8 @@ class _Run:
 
     def _log(self, images: int, begin: float) -> float:
         """Write the means since the last line; returns images a second."""
-        assert self.log is not None
         self._check()
+        peak = max(self.ranks.gather(peak_memory_mib(self.device.type)))
         means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
         norms = {name: float(value) for name, value in self.norms.items()}
         now = time.perf_counter()
@@ -596,25 +667,28 @@ class _Run:
         rate = steps * images / max(now - self.window_begin, 1e-9)
         self.losses = means
         rest = dict(means)
-        self.log.write(
-            {
-                "step": self.step,
-                "loss": rest.pop("loss"),
-                "losses": rest,
-                "lr": {group["name"]: group["lr"] for group in self.optimizer.param_groups},
-                "grad_norm": norms,
-                "images_per_second": rate,
-                "data_wait_seconds": self.data_wait / steps,
-                "peak_memory_mib": peak_memory_mib(self.device.type),
-                "seconds": now - begin,
-            }
-        )
+        values = {
+            "step": self.step,
+            "loss": rest.pop("loss"),
+            "losses": rest,
+            "lr": {group["name"]: group["lr"] for group in self.optimizer.param_groups},
+            "grad_norm": norms,
+            "images_per_second": rate,
+            "data_wait_seconds": self.data_wait / steps,
+            "peak_memory_mib": peak,
+            "seconds": now - begin,
+        }
+        if self.log is not None:
+            self.log.write(values)
         self.sums, self.counts = {}, {}
         self.window_begin, self.window_step, self.data_wait = now, self.step, 0.0
         return rate
 
     def _save(self) -> None:
         self._check()
+        self.ranks.by_first(self._write_checkpoint)
+
+    def _write_checkpoint(self) -> None:
         assert self.loader is not None
         state: dict[str, Any] = {
             "step": self.step,
@@ -628,6 +702,7 @@ class _Run:
             "memory": {
                 "asked": [self.config.model.memory, self.config.model.class_chunk],
                 "settings": dataclasses.asdict(self.settings),
+                "processes": self.ranks.count,
             },
         }
         ckpt.save_checkpoint(self.checkpoints, self.step, state)
@@ -635,8 +710,8 @@ class _Run:
 
     def _restore(self) -> dict[str, Any]:
         """Continue from the newest checkpoint, if there is one; returns what it says of memory."""
-        ckpt.remove_unfinished(self.out)
-        found = ckpt.latest_checkpoint(self.checkpoints)
+        self.ranks.by_first(lambda: ckpt.remove_unfinished(self.out))
+        found = self.ranks.broadcast(ckpt.latest_checkpoint(self.checkpoints))
         if found is None:
             return {}
         _, path = found
@@ -731,7 +806,7 @@ def _process_settings(config: Config, device: torch.device) -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    devices = list(range(torch.cuda.device_count())) if device.type == "cuda" else []
+    devices = [torch.cuda._utils._get_device_index(device, optional=True)] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         try:
             if config.train.threads:

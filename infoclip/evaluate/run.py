@@ -24,8 +24,8 @@ from infoclip.data.ahead import in_order
 from infoclip.errors import ConfigError, DataError, InfoclipWarning
 from infoclip.evaluate.metrics import Confusion, PairCounts, Scores, SegmentationMetrics, harmonic_mean
 from infoclip.evaluate.records import ImageRecord, Records
-from infoclip.evaluate.workers import Workers, joined, run_in_processes
 from infoclip.progress import tracked
+from infoclip.workers import Workers, joined, run_in_processes
 
 if TYPE_CHECKING:
     from rich.table import Table

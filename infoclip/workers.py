@@ -1,10 +1,12 @@
-"""Several processes that share one evaluation, started here or by ``torchrun``.
+"""Several processes that share one piece of work, started here or by ``torchrun``.
 
-They exchange counts and names, small objects on the CPU, so that the backend is gloo whatever the model runs on.
+What they exchange through this module are small objects on the CPU (counts, names, faults), so that the backend is gloo
+whatever the model runs on; the gradients of a training go over :mod:`infoclip.engine.distributed`.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import signal
@@ -15,9 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from infoclip.errors import ConfigError, InfoclipError, InfoclipWarning
+from infoclip.errors import ConfigError, InfoclipError, InfoclipWarning, LostProcessError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Workers", "joined", "run_in_processes"]
 
@@ -46,7 +51,8 @@ class Workers:
         import torch.distributed as dist
 
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        with reached():
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def gather(self, value: R) -> list[R]:
@@ -56,8 +62,22 @@ class Workers:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.count
-        dist.all_gather_object(values, value)
+        with reached():
+            dist.all_gather_object(values, value)
         return values
+
+    def largest(self, values: Tensor) -> Tensor:  # [n] on the CPU -> [n]
+        """The largest of every process's values, element by element, in place; sooner than :meth:`gather`."""
+        if self.count > 1:
+            import torch.distributed as dist
+
+            with reached():
+                dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
+    def part(self, total: int) -> slice:
+        """This process's stretch of ``total`` items that all share; sizes differ by one at most."""
+        return slice(total * self.rank // self.count, total * (self.rank + 1) // self.count)
 
     def device(self, name: str) -> str:
         """The device of this process: with several GPUs one each, going round where there are more processes."""
@@ -66,6 +86,18 @@ class Workers:
         if self.count == 1 or name not in ("auto", "cuda") or not torch.cuda.is_available():
             return name
         return f"cuda:{int(os.environ.get('LOCAL_RANK', self.rank)) % torch.cuda.device_count()}"
+
+
+@contextmanager
+def reached() -> Iterator[None]:
+    """Around an exchange: where another process has ended, one sentence in place of its backend's words."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo: a closed connection; NCCL: DistBackendError
+        raise LostProcessError(
+            "Another process of this run has ended (stopped from outside, or out of memory?); the same command goes on "
+            "where it was (training: with --resume)."
+        ) from error
 
 
 @contextmanager
@@ -85,10 +117,13 @@ def joined() -> Iterator[Workers]:
         yield Workers()
 
 
-def run_in_processes(count: int, work: Callable[..., R], *args: Any, **options: Any) -> R:
+def run_in_processes(count: int, work: Callable[..., R], *args: Any, heard: bool = False, **options: Any) -> R:
     """``work(*args, **options)`` in ``count`` new processes that are :func:`joined`; the first one's answer.
 
     Each gets its share of the CPU's cores as threads, unless ``OMP_NUM_THREADS`` says how many.
+
+    Args:
+        heard: show the first process's warnings; otherwise what is to be said was said before.
 
     Raises:
         ConfigError: within ``torchrun``, which has started its processes already.
@@ -100,22 +135,32 @@ def run_in_processes(count: int, work: Callable[..., R], *args: Any, **options: 
 
     with tempfile.TemporaryDirectory(prefix="infoclip-") as folder:
         context = start_processes(
-            _work, (count, folder, work, args, options), nprocs=count, join=False, start_method="spawn"
+            _work, (count, folder, work, args, options, heard), nprocs=count, join=False, start_method="spawn"
         )
         assert context is not None
+        log = logging.getLogger("torch.multiprocessing.spawn")  # tells of every process that it ends
+        level = log.level
+        log.setLevel(logging.ERROR)
         try:
             while not context.join():
                 pass
         except ProcessExitedException as error:
             failed = _answers(Path(folder), range(count), ok=False)
-            if failed:
+            cause = next((e for e in failed if not isinstance(e, LostProcessError)), None)
+            if cause is not None:
+                raise cause from None
+            # The one that was killed may not be the first that was seen to end; those ended above have SIGTERM.
+            codes = [process.exitcode or 0 for process in context.processes]
+            index = next((i for i, code in enumerate(codes) if code < 0 and code != -signal.SIGTERM), error.error_index)
+            if codes[index] >= 0 and failed:
                 raise failed[0] from None
-            name = signal.Signals(-error.exit_code).name if error.exit_code < 0 else f"exit code {error.exit_code}"
+            name = signal.Signals(-codes[index]).name if codes[index] < 0 else f"exit code {codes[index]}"
             raise InfoclipError(
-                f"Process {error.error_index + 1} of {count} was stopped from outside ({name}); out of memory? "
-                "With --out, the same command goes on where it was stopped."
+                f"Process {index + 1} of {count} was stopped from outside ({name}); out of memory? "
+                "The same command goes on where it was stopped (evaluate: with --out; train: with --resume)."
             ) from None
         finally:
+            log.setLevel(level)
             for process in context.processes:
                 process.terminate()
         return _answers(Path(folder), range(1), ok=True)[0]
@@ -132,14 +177,19 @@ def _answers(folder: Path, ranks: range, ok: bool) -> list[Any]:
     return found
 
 
-def _work(rank: int, count: int, folder: str, work: Callable[..., Any], args: Any, options: Any) -> None:
+def _work(rank: int, count: int, folder: str, work: Callable[..., Any], args: Any, options: Any, heard: bool) -> None:
     import torch
     import torch.distributed as dist
 
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
     os.environ["LOCAL_RANK"] = str(rank)
-    warnings.simplefilter("ignore", InfoclipWarning)  # what is to be said was said before the processes started
+    if heard and rank == 0:
+        from infoclip.cli import show_warning
+
+        warnings.showwarning = show_warning
+    else:
+        warnings.simplefilter("ignore", InfoclipWarning)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=count, timeout=_PATIENCE
     )
