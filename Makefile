@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 NATIVE := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f 2>/dev/null)
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test fuzz lint bench aot bounds gpu clean
+.PHONY: help setup demo demo-maftplus test fuzz lint bench aot bounds gpu clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -30,6 +30,9 @@ setup: $(VENV)/.built ## Make .venv, install the pinned requirements, build the 
 
 demo: setup ## Fine-tune the shipped CLIP without and with InfoCLIP's objective; table, pictures, report (DEMO="--seeds 0,1,2")
 	@$(BIN)/infoclip demo --out runs/demo $(DEMO)
+
+demo-maftplus: setup ## FC-CLIP, naive fine-tuning and MAFT+ on the same scenes, InfoCLIP beside them; PQ too (DEMO="--seeds 0,1,2")
+	@$(BIN)/infoclip demo --system maftplus --out runs/demo-maftplus $(DEMO)
 
 test: lint ## Lint, types and the whole test suite (PYTEST="-k cost_volume" for a part)
 	@$(BIN)/python -m pytest $(PYTEST)

@@ -567,15 +567,18 @@ def export(
 @_guarded
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the report and the models.")] = Path("runs/demo"),
+    system: Annotated[
+        str, typer.Option(help="infoclip; or maftplus, beside FC-CLIP and InfoCLIP, with panoptic figures.")
+    ] = "infoclip",
     seeds: Annotated[str, typer.Option(help="Seeds separated by commas; several give mean and spread.")] = "0",
     split: Annotated[str, typer.Option(help="Unseen classes by attribute or by composition.")] = "attribute",
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps in place of the recipes'.")] = None,
 ) -> None:
-    """Train with and without InfoCLIP's objective on generated scenes; table, pictures and report."""
+    """Train with and without a paper's objective on generated scenes; table, pictures and report."""
     numbers = _seeds(seeds)
     from infoclip.demo import demo as run
 
-    run(out, seeds=numbers, split=split, steps=steps)
+    run(out, system=system, seeds=numbers, split=split, steps=steps)
 
 
 def _class_names(text: str, file: str | None) -> list[str]:

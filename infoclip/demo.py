@@ -1,11 +1,18 @@
-"""The demo: one frozen CLIP, tuned with and without InfoCLIP's objective on generated scenes, and held against itself.
+"""The demos: a frozen CLIP, tuned with and without a paper's objective on generated scenes, and held against itself.
 
-Four methods on the same pictures, all starting from the CLIP that ships with the package:
+InfoCLIP's: four methods on the same pictures, all starting from the ViT CLIP that ships with the package:
 
 - the frozen CLIP alone, zero-shot (:mod:`infoclip.evaluate.zero_shot`);
 - the frozen CLIP behind a trained cost-aggregation head;
 - CLIP fine-tuned together with the head, without alignment (recipe ``scenes-finetune``);
 - the same with InfoCLIP's alignment objective (recipe ``scenes``).
+
+MAFT+'s: three from the shipped CLIP with a ConvNeXt, and the other system beside them, on the same scenes:
+
+- FC-CLIP: mask proposals on the frozen CLIP (recipe ``fcclip-scenes``);
+- its CLIP fine-tuned with them, without more (recipe ``fcclip-scenes-finetune``);
+- MAFT+ (recipe ``maftplus-scenes``), which also gives panoptic maps, as the two before it;
+- InfoCLIP.
 
 They learn on the seen classes and are tested on other scenes with all 52 classes. Each method runs in a process of its
 own, so that its peak memory is its own too.
@@ -34,7 +41,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from rich.console import Console
 
-__all__ = ["EVAL_SEED", "METHODS", "Method", "demo"]
+    from infoclip.api import Model
+
+__all__ = ["EVAL_SEED", "SYSTEMS", "Method", "System", "demo"]
 
 EVAL_SEED = 424_242
 """Seed of the evaluation scenes: one set for every method, seed and split."""
@@ -55,19 +64,52 @@ class Method:
     """Time a step relative to plain fine-tuning, for the estimate."""
 
 
-METHODS = (
+@dataclass(frozen=True)
+class System:
+    """What one demo compares."""
+
+    methods: tuple[Method, ...]
+    ours: str
+    """Key of the method that is held against plain fine-tuning (``finetune``)."""
+    panoptic: bool = False
+    """Whether panoptic maps are compared too."""
+
+    def method(self, key: str) -> Method:
+        """One of the methods."""
+        return next(method for method in self.methods if method.key == key)
+
+
+_INFOCLIP = Method("infoclip", "InfoCLIP", "scenes", cost=1.15)
+
+_METHODS = (
     Method("zero-shot", "Frozen CLIP, zero-shot", "scenes-finetune", trains=False, cost=0.05),
     Method(
         "frozen", "Frozen CLIP + head", "scenes-finetune", ("clip.tune=frozen", "clip.tune_positions=false"), cost=0.8
     ),
     Method("finetune", "Fine-tuned, no alignment", "scenes-finetune"),
-    Method("infoclip", "InfoCLIP", "scenes", cost=1.15),
+    _INFOCLIP,
 )
+
+SYSTEMS = {
+    "infoclip": System(_METHODS, "infoclip"),
+    "maftplus": System(
+        (
+            Method("fcclip", "FC-CLIP (frozen CLIP)", "fcclip-scenes", cost=1.4),
+            Method("finetune", "Fine-tuned, naive", "fcclip-scenes-finetune", cost=1.8),
+            Method("maftplus", "MAFT+", "maftplus-scenes", cost=2.0),
+            _INFOCLIP,
+        ),
+        "maftplus",
+        panoptic=True,
+    ),
+}
+"""The demos by name."""
 
 
 def demo(
     out: str | Path = "runs/demo",
     *,
+    system: str = "infoclip",
     seeds: Sequence[int] = (0,),
     split: str = "attribute",
     steps: int | None = None,
@@ -76,12 +118,14 @@ def demo(
 ) -> dict[str, Any]:
     """Run the comparison and write ``report.html``, ``results.json`` and the trained models.
 
-    The first seed's runs are ``out/frozen``, ``out/finetune`` and ``out/infoclip`` (each with ``model/``), those of
-    further seeds are below ``out/seeds``. Everything is made in a hidden folder and put in its place at the end: an
-    interrupted call leaves an earlier demo as it was.
+    The first seed's runs are ``out/frozen``, ``out/finetune`` and ``out/infoclip`` (each with ``model/``) or, of MAFT+,
+    ``out/fcclip``, ``out/finetune``, ``out/maftplus`` and ``out/infoclip``, with ``pictures.png`` beside the report;
+    those of further seeds are below ``out/seeds``. Everything is made in a hidden folder and put in its place at the
+    end: an interrupted call leaves an earlier demo as it was.
 
     Args:
         out: folder of the demo; an earlier demo in it is replaced.
+        system: of :data:`SYSTEMS`.
         seeds: of head, batches and training scenes; several give mean and standard deviation.
         split: ``attribute`` or ``composition``, see :func:`infoclip.data.scenes.split_classes`.
         steps: training steps in place of the recipes'.
@@ -92,35 +136,44 @@ def demo(
         What ``results.json`` holds.
 
     Raises:
-        ConfigError: no or repeated seeds, an unknown split or setting.
+        ConfigError: an unknown system, no or repeated seeds, an unknown split or setting.
         StorageError: the folder cannot be written.
     """
     from rich.console import Console
 
     from infoclip.data.scenes import split_classes
     from infoclip.evaluate.run import without_nan
-    from infoclip.report.demo_page import demo_page
+    from infoclip.report.demo_page import demo_page, demo_picture
 
+    if system not in SYSTEMS:
+        raise ConfigError(f"The demo's system is '{system}'; expected {' or '.join(SYSTEMS)}.")
+    chosen = SYSTEMS[system]
     seeds = list(seeds)
     if not seeds or len(set(seeds)) != len(seeds):
         raise ConfigError(f"The seeds are {seeds}; expected one or more different whole numbers.")
     split_classes(split)
     out = Path(out)
-    jobs = [(seed, method, _config(method, seed, split, steps, overrides, out)) for seed in seeds for method in METHODS]
+    jobs = [
+        (seed, method, _config(method, seed, split, steps, overrides, out))
+        for seed in seeds
+        for method in chosen.methods
+    ]
     work = out / f".work-{os.getpid()}"
     console, started = Console(), time.perf_counter()
     try:
         out.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(out)
         work.mkdir()
-        truth = _evaluation_scenes(out, jobs[0][2])
+        truth = _evaluation_scenes(out, jobs[0][2], chosen.panoptic)
         runs = _run_jobs(jobs, truth, work, progress, console)
-        results = _summary(runs, jobs, split, time.perf_counter() - started)
+        results = _summary(system, runs, jobs, split, time.perf_counter() - started)
         (work / "results.json").write_text(json.dumps(without_nan(results), indent=1) + "\n", encoding="utf-8")
         (work / "report.html").write_text(
-            demo_page(results, work / str(seeds[0]), truth, _try_it(out)), encoding="utf-8"
+            demo_page(results, work / str(seeds[0]), truth, _try_it(system, out)), encoding="utf-8"
         )
-        _put_in_place(work, out, seeds)
+        if chosen.panoptic:
+            demo_picture(results, work / str(seeds[0]), truth).save(work / "pictures.png")
+        _put_in_place(chosen, work, out, seeds)
     except OSError as error:
         if isinstance(error, InfoclipError):
             raise
@@ -132,13 +185,15 @@ def demo(
     console.print(_terminal_table(results))
     console.print(f"Report:  {out / 'report.html'}", soft_wrap=True)
     console.print(f"Figures: {out / 'results.json'}", soft_wrap=True)
-    console.print(f"Try it:  {_try_it(out)}", soft_wrap=True)
+    console.print(f"Try it:  {_try_it(system, out)}", soft_wrap=True)
     return results
 
 
-def _try_it(out: Path) -> str:
-    names = "red striped circle, blue plain square, grass, water"
-    return f"infoclip predict {out / 'infoclip'} PICTURE --classes '{names}' --out predictions"
+def _try_it(system: str, out: Path) -> str:
+    objects = "red striped circle, blue plain square"
+    more = f" --task panoptic --things '{objects}'" if SYSTEMS[system].panoptic else ""
+    model = out / SYSTEMS[system].ours
+    return f"infoclip predict {model} PICTURE --classes '{objects}, grass, water'{more} --out predictions"
 
 
 # Settings and data
@@ -159,11 +214,12 @@ def _config(method: Method, seed: int, split: str, steps: int | None, overrides:
     return config.validate()
 
 
-def _evaluation_scenes(out: Path, config: Config) -> Path:
+def _evaluation_scenes(out: Path, config: Config, panoptic: bool) -> Path:
     from infoclip.data.scenes import write_scenes
 
     count, size = config.data.eval_images, config.clip.image_size
-    return write_scenes(out.absolute() / "scenes" / f"eval-{count}x{size}px", count, size, EVAL_SEED)
+    folder = out.absolute() / "scenes" / f"eval-{count}x{size}px"
+    return write_scenes(folder, count, size, EVAL_SEED, panoptic=panoptic)
 
 
 # One process for each method
@@ -178,17 +234,17 @@ def _run_jobs(
     done = 0.0
     for number, (seed, method, config) in enumerate(jobs, start=1):
         if progress:
-            measured = number > 2  # the first job trains nothing and says little about the others
+            measured = done > 0
             left = (total - done) * (spent / done if measured else _SECONDS_A_STEP)
             machine = "this machine" if measured else "two CPU cores"
             console.print(f"[bold]{number}/{len(jobs)}[/bold] {method.name}, seed {seed} "
                           f"[dim](about {_minutes(left)} to go on {machine})[/dim]")  # fmt: skip
         begin = time.perf_counter()
         runs.append(_run_job(seed, method, config, truth, work, progress))
-        if number > 1:
+        if method.trains:
             spent += time.perf_counter() - begin
             done += _weight(method, config)
-        else:
+        else:  # it trains nothing and says little about the others
             total -= _weight(method, config)
     return runs
 
@@ -267,6 +323,9 @@ def _train_and_evaluate(job: Mapping[str, Any]) -> dict[str, Any]:
         trained = train(config, out, progress=job["progress"])
         seconds, memory = trained.seconds, _peak_memory_mib(trained.peak_memory_mib)
         model = load(out, device=config.train.device)
+        if "panoptic" in model.tasks:
+            figures = _evaluate_masks(model, config, job)
+            return {**figures, "train_seconds": seconds, "peak_memory_mib": memory}
         predictor = segmentor_predictor(model.segmentor, SCENE_CLASSES, config.eval)
     else:
         from infoclip.clip import load_clip
@@ -305,6 +364,42 @@ def _train_and_evaluate(job: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _evaluate_masks(model: Model, config: Config, job: Mapping[str, Any]) -> dict[str, Any]:
+    """mIoU and PQ of a model of mask proposals; its maps go beside the labels."""
+    import numpy as np
+
+    from infoclip.data.panoptic import open_panoptic
+    from infoclip.data.scenes import SCENE_CLASSES, split_classes
+    from infoclip.evaluate.panoptic_run import PanopticMap, evaluate_panoptic, model_predictor
+
+    dataset = open_panoptic(job["truth"], classes=SCENE_CLASSES)
+    found: list[PanopticMap] = []
+
+    def keep(_: int, __: dict[str, Any], result: PanopticMap) -> None:
+        found.append(result)
+
+    seen, _ = split_classes(config.data.split)
+    result = evaluate_panoptic(
+        model_predictor(model, dataset), dataset, seen, progress=job["progress"], on_prediction=keep,
+        settings={"eval_seed": EVAL_SEED},
+    )  # fmt: skip
+    labels = [one.semantic.cpu().numpy().astype(np.uint8) for one in found if one.semantic is not None]
+    ids = [one.ids.cpu().numpy().astype(np.uint8) for one in found]
+    segments = [[(s.id, s.category) for s in one.segments] for one in found]
+    np.savez_compressed(
+        job["predictions"], labels=np.stack(labels), ids=np.stack(ids), segments=np.array(json.dumps(segments))
+    )
+    return {
+        "seen": 100 * result.semantic_seen.miou,
+        "unseen": 100 * result.semantic_unseen.miou,
+        "harmonic": 100 * result.semantic_harmonic,
+        "pq_seen": 100 * result.seen.pq,
+        "pq_unseen": 100 * result.unseen.pq,
+        "pq_harmonic": 100 * result.harmonic,
+        "evaluation": result.to_dict(),
+    }
+
+
 def _peak_memory_mib(otherwise: float) -> float:
     """Largest resident memory of this process alone; on CUDA what torch's allocator held (``otherwise``).
 
@@ -330,41 +425,56 @@ def _peak_memory_mib(otherwise: float) -> float:
 
 
 def _summary(
-    runs: Sequence[dict[str, Any]], jobs: Sequence[tuple[int, Method, Config]], split: str, seconds: float
+    system: str,
+    runs: Sequence[dict[str, Any]],
+    jobs: Sequence[tuple[int, Method, Config]],
+    split: str,
+    seconds: float,
 ) -> dict[str, Any]:
     from infoclip.data.scenes import split_classes
     from infoclip.engine.environment import collect_environment
 
     seen, unseen = split_classes(split)
+    chosen = SYSTEMS[system]
     methods: dict[str, Any] = {}
-    for method in METHODS:
+    for method in chosen.methods:
         own = [run for run in runs if run["method"] == method.key]
-        figures = ("seen", "unseen", "harmonic", "train_seconds", "peak_memory_mib")
+        figures = [*QUALITY["semantic"], *QUALITY["panoptic" if chosen.panoptic else "none"], "train_seconds",
+                   "peak_memory_mib"]  # fmt: skip
         config = next(config for _, m, config in jobs if m is method)
         methods[method.key] = {
             "name": method.name,
             "recipe": method.recipe if method.trains else None,
-            "mean": {name: _mean([run[name] for run in own]) for name in figures},
-            "std": {name: _std([run[name] for run in own]) for name in figures},
+            "mean": {name: _mean([run.get(name, math.nan) for run in own]) for name in figures},
+            "std": {name: _std([run.get(name, math.nan) for run in own]) for name in figures},
             "runs": [{k: v for k, v in run.items() if k != "method"} for run in own],
             "config": config_to_dict(config),
         }
     gains = [
-        {"seed": ours["seed"]} | {name: ours[name] - plain[name] for name in ("seen", "unseen", "harmonic")}
-        for ours, plain in zip(methods["infoclip"]["runs"], methods["finetune"]["runs"], strict=True)
+        {"seed": ours["seed"]} | {name: ours[name] - plain[name] for name in figures if name in ours and name in plain}
+        for ours, plain in zip(methods[chosen.ours]["runs"], methods["finetune"]["runs"], strict=True)
     ]
     return {
-        "format": "infoclip-demo-1",
-        "unit": "mIoU in percent: mean IoU over the classes present in the ground truth",
+        "format": "infoclip-demo-2",
+        "system": system,
+        "unit": "percent; mIoU: mean IoU over the classes present in the ground truth; pq: panoptic quality",
         "split": split,
-        "seeds": [run["seed"] for run in methods["infoclip"]["runs"]],
+        "seeds": [run["seed"] for run in methods[chosen.ours]["runs"]],
         "seen_classes": seen,
         "unseen_classes": unseen,
         "methods": methods,
-        "gain_of_infoclip_over_finetune": gains,
+        "gain_over_finetune": gains,
         "seconds": seconds,
         "environment": collect_environment(),
     }
+
+
+QUALITY = {
+    "semantic": ("seen", "unseen", "harmonic"),
+    "panoptic": ("pq_seen", "pq_unseen", "pq_harmonic"),
+    "none": (),
+}
+"""Names of the figures of quality, by task."""
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -380,16 +490,17 @@ def _std(values: Sequence[float]) -> float:
 def _terminal_table(results: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
-    from infoclip.report.demo_page import table_header, table_rows
+    from infoclip.report.demo_page import measures, table_header, table_rows
 
     seeds = results["seeds"]
     unseen = len(results["unseen_classes"])
     table = Table(
-        title=f"mIoU on {len(results['seen_classes'])} seen and {unseen} unseen classes ({results['split']} split), "
+        title=f"{measures(results)} on {len(results['seen_classes'])} seen and {unseen} unseen classes "
+        f"({results['split']} split), "
         + (f"mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"),
         title_justify="left",
     )
-    for i, name in enumerate(table_header()):
+    for i, name in enumerate(table_header(results)):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for name, cells in table_rows(results):
         table.add_row(name, *(f"[bold]{value}[/bold]" if best else value for value, best in cells))
@@ -399,9 +510,9 @@ def _terminal_table(results: Mapping[str, Any]) -> Any:
 # Files
 
 
-def _put_in_place(work: Path, out: Path, seeds: Sequence[int]) -> None:
+def _put_in_place(system: System, work: Path, out: Path, seeds: Sequence[int]) -> None:
     """Exchange the finished parts for those of an earlier demo; the pages come last."""
-    trained = [method.key for method in METHODS if method.trains]
+    trained = [method.key for method in system.methods if method.trains]
     others = work / "seeds"
     for seed in seeds[1:]:
         (others / str(seed)).mkdir(parents=True)
@@ -410,7 +521,7 @@ def _put_in_place(work: Path, out: Path, seeds: Sequence[int]) -> None:
     for key in trained:
         _swap(work / str(seeds[0]) / key, out / key, work)
     _swap(others, out / "seeds", work)
-    for name in ("report.html", "results.json"):
+    for name in (*(["pictures.png"] if system.panoptic else []), "report.html", "results.json"):
         (work / name).replace(out / name)
 
 

@@ -17,11 +17,13 @@ from PIL import Image
 
 import infoclip
 from infoclip import demo as module
-from infoclip.demo import METHODS, demo
+from infoclip.demo import SYSTEMS, demo
 from infoclip.errors import ConfigError, InfoclipError, NonFiniteLossError, StorageError
 from infoclip.predict import predict
-from infoclip.report.demo_page import table_rows, verdict
+from infoclip.report.demo_page import table_header, table_rows, verdict
 
+METHODS = SYSTEMS["infoclip"].methods
+MASKS = SYSTEMS["maftplus"].methods
 SHORT = ["eval_images=12", "train_images=4", "threads=1"]
 
 
@@ -90,9 +92,55 @@ def test_the_models_of_the_demo_can_be_used(done: tuple[Path, dict[str, Any]], t
     assert written[0].overlay.exists()
 
 
+@pytest.fixture(scope="module")
+def masks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The other demo, of mask proposals beside InfoCLIP."""
+    out = tmp_path_factory.mktemp("masks") / "demo"
+    return out, demo(out, system="maftplus", steps=2, overrides=SHORT, progress=False)
+
+
+@pytest.mark.slow  # four processes
+def test_what_the_demo_of_masks_leaves(masks: tuple[Path, dict[str, Any]]) -> None:
+    out, results = masks
+    left = {"scenes", "fcclip", "finetune", "maftplus", "infoclip", "report.html", "results.json", "pictures.png"}
+    assert {p.name for p in out.iterdir()} == left
+    saved = json.loads((out / "results.json").read_text())["methods"]
+    assert list(saved) == [method.key for method in MASKS]
+    tuned = [saved[key]["config"]["clip"]["tune"] for key in ("fcclip", "finetune", "maftplus")]
+    assert tuned == ["frozen", "trunk", "trunk"]
+    assert [saved[key]["config"]["system"] for key in saved] == ["fcclip", "fcclip", "maftplus", "catseg"]
+    for key in ("fcclip", "finetune", "maftplus"):
+        run = saved[key]["runs"][0]
+        assert run["evaluation"]["images"] == 12
+        assert 0 <= run["pq_unseen"] <= 100
+        assert run["pq_seen"] == pytest.approx(100 * run["evaluation"]["seen"]["pq"])
+    assert "pq_seen" not in saved["infoclip"]["runs"][0]  # it gives labels alone
+    rows = dict(table_rows(results))
+    assert table_header(results)[4:7] == ["PQ seen", "PQ unseen", "PQ harmonic"]
+    assert [cell for cell, _ in rows["InfoCLIP"]][3:6] == ["-", "-", "-"]
+    assert not any(best for _, best in rows["InfoCLIP"][3:6])
+    assert "panoptic quality by" in verdict(results)
+    text = (out / "report.html").read_text(encoding="utf-8")
+    for part in (
+        "Curves",
+        "Pictures",
+        "Segments and instances",
+        "Class by class",
+        "Loss: mask aware",
+        "Panoptic quality",
+    ):
+        assert part in text
+    assert Image.open(out / "pictures.png").width > 800
+    model = infoclip.load(out / "maftplus", device="cpu")
+    found = model.segment(np.zeros((50, 70, 3), dtype=np.uint8), ["red striped circle", "grass"], task="panoptic")
+    assert found.overlay().width >= 70
+
+
 def test_settings_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected one or more different"):
         demo(tmp_path, seeds=[1, 1])
+    with pytest.raises(ConfigError, match="expected infoclip or maftplus"):
+        demo(tmp_path, system="catseg")
     with pytest.raises(ConfigError, match="Unknown split"):
         demo(tmp_path, split="colour")
     with pytest.raises(ConfigError, match="did you mean"):
@@ -124,7 +172,7 @@ def results_of(unseen: dict[str, list[float]]) -> dict[str, Any]:
                          "harmonic": 2 * 40 * value / (40 + value), "train_seconds": 10.0 + seed,
                          "peak_memory_mib": 500.0, "evaluation": {}})  # fmt: skip
             jobs.append((seed, method, module._config(method, seed, "attribute", None, [], Path())))
-    return module._summary(runs, jobs, "attribute", 1.0)
+    return module._summary("infoclip", runs, jobs, "attribute", 1.0)
 
 
 def test_mean_spread_and_gain() -> None:
@@ -132,7 +180,7 @@ def test_mean_spread_and_gain() -> None:
     plain = results["methods"]["finetune"]
     assert plain["mean"]["unseen"] == pytest.approx(22.0, abs=1e-9)
     assert plain["std"]["unseen"] == pytest.approx(2.0, abs=1e-9)  # sample standard deviation
-    assert [g["unseen"] for g in results["gain_of_infoclip_over_finetune"]] == [3.0, 0.5, -1.0]
+    assert [g["unseen"] for g in results["gain_over_finetune"]] == [3.0, 0.5, -1.0]
     assert results["seeds"] == [0, 1, 2]
     text = verdict(results)
     assert "+0.8 points (better in 2 of 3 seeds)" in text
@@ -169,7 +217,7 @@ def test_parts_are_exchanged(tmp_path: Path) -> None:
     (out / "seeds" / "9").mkdir(parents=True)
     for name in ("report.html", "results.json"):
         (work / name).write_text("new")
-    module._put_in_place(work, out, [3, 4])
+    module._put_in_place(SYSTEMS["infoclip"], work, out, [3, 4])
     assert (out / "infoclip" / "mark").read_text() == "3 infoclip"
     assert (out / "seeds" / "4" / "frozen" / "mark").read_text() == "4 frozen"
     assert not (out / "seeds" / "9").exists()

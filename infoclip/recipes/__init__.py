@@ -9,13 +9,22 @@ from infoclip.config import Config
 from infoclip.errors import ConfigError
 from infoclip.recipes.coco import catseg_vitb16_coco, catseg_vitl14_coco, infoclip_vitb16_coco, infoclip_vitl14_coco
 from infoclip.recipes.masks import fcclip_base, fcclip_large, maftplus_base, maftplus_large
-from infoclip.recipes.scenes import scenes, scenes_finetune
+from infoclip.recipes.scenes import (
+    fcclip_scenes,
+    fcclip_scenes_finetune,
+    maftplus_scenes,
+    scenes,
+    scenes_finetune,
+)
 
 __all__ = ["RECIPES", "describe_recipe", "get_recipe", "list_recipes"]
 
 RECIPES: dict[str, Callable[[], Config]] = {
     "scenes": scenes,
     "scenes-finetune": scenes_finetune,
+    "maftplus-scenes": maftplus_scenes,
+    "fcclip-scenes": fcclip_scenes,
+    "fcclip-scenes-finetune": fcclip_scenes_finetune,
     "infoclip-vitb16-coco": infoclip_vitb16_coco,
     "infoclip-vitl14-coco": infoclip_vitl14_coco,
     "catseg-vitb16-coco": catseg_vitb16_coco,

@@ -1,4 +1,4 @@
-"""The demo's settings: generated scenes, the shipped tiny CLIP, minutes on two CPU cores."""
+"""The demos' settings: generated scenes, the shipped tiny CLIPs, minutes on two CPU cores."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from infoclip.config import (
     Config,
     DataConfig,
     EvalConfig,
+    MaskConfig,
     ModelConfig,
     OptimConfig,
     TrainConfig,
 )
 
-__all__ = ["scenes", "scenes_finetune"]
+__all__ = ["fcclip_scenes", "fcclip_scenes_finetune", "maftplus_scenes", "scenes", "scenes_finetune"]
 
 
 def scenes() -> Config:
@@ -75,4 +76,55 @@ def scenes_finetune() -> Config:
     """Plain fine-tuning on the same scenes, without alignment: what InfoCLIP is compared with."""
     config = scenes()
     config.align = AlignConfig(method="none")
+    return config
+
+
+def fcclip_scenes() -> Config:
+    """FC-CLIP on generated scenes: mask proposals on the shipped tiny CLIP with a ConvNeXt, which stays as it is."""
+    name = "builtin:scenes-convnext"
+    return Config(
+        system="fcclip",
+        clip=ClipConfig(model=name, pretrained=name, tune="frozen", image_size=96, templates="scenes"),
+        mask=MaskConfig(
+            queries=16,  # a scene has at most 5 segments
+            channels=64,
+            attention_heads=4,
+            encoder_layers=2,
+            encoder_ffn_dim=128,
+            decoder_layers=3,
+            decoder_ffn_dim=128,
+            panoptic=True,
+            transfer_heads=4,
+            points=576,
+        ),
+        align=AlignConfig(method="none"),
+        data=DataConfig(
+            kind="scenes",
+            images="images",
+            masks="masks",
+            classes="",
+            resize=0,
+            crop=0,
+            color_jitter=False,
+            train_images=1024,
+            batch_size=8,
+            workers=0,
+        ),
+        optim=OptimConfig(lr=1e-3, clip_lr_multiplier=0.1, weight_decay=0.05, clip_grad_norm=0.1, warmup_steps=10),
+        train=TrainConfig(steps=300, checkpoint_every=100, log_every=10, image_every=100),
+        eval=EvalConfig(resize=0, sliding_window=False, overlap_threshold=0.7),
+    )
+
+
+def fcclip_scenes_finetune() -> Config:
+    """Plain fine-tuning of FC-CLIP's CLIP on the same scenes: what MAFT+ is compared with."""
+    config = fcclip_scenes()
+    config.clip.tune = "trunk"
+    return config
+
+
+def maftplus_scenes() -> Config:
+    """MAFT+ on generated scenes with the shipped tiny CLIP with a ConvNeXt (the demo)."""
+    config = fcclip_scenes_finetune()
+    config.system = "maftplus"
     return config

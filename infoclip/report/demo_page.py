@@ -1,4 +1,4 @@
-"""The demo's report: table, curves, pictures of every method, alignment maps, and how to repeat it."""
+"""The demos' report: table, curves, pictures of every method, alignment maps or instances, and how to repeat it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from PIL import Image
 
+    from infoclip.data.panoptic import Segment
     from infoclip.report.html import Page
 
-__all__ = ["demo_page", "table_header", "table_rows", "verdict"]
+__all__ = ["demo_page", "demo_picture", "measures", "table_header", "table_rows", "verdict"]
 
 _PANELS = 6
 _MAPS = 3
+_SCENES = 4
 
-_COLUMNS = (("seen", "seen"), ("unseen", "unseen"), ("harmonic", "harmonic"))
+_TASK_LOSSES = ("segmentation", "class", "mask", "dice")
+"""Losses above 0 that are drawn on a logarithmic scale."""
+
+_NAMES = {"seen": "seen", "unseen": "unseen", "harmonic": "harmonic", "pq_seen": "PQ seen", "pq_unseen": "PQ unseen",
+          "pq_harmonic": "PQ harmonic"}  # fmt: skip
+"""Columns by the figures' names; those that were not measured are left out."""
+
+
+def _columns(results: Mapping[str, Any]) -> list[str]:
+    ours = results["methods"][results["system"]]["mean"]
+    return [key for key in _NAMES if key in ours]
+
+
+def measures(results: Mapping[str, Any]) -> str:
+    """What is compared: ``mIoU``, or ``mIoU and PQ``."""
+    return "mIoU and PQ" if "pq_seen" in _columns(results) else "mIoU"
 
 
 def table_rows(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, bool]]]]:
@@ -29,9 +47,10 @@ def table_rows(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, bo
     rows = []
     for method in methods:
         cells = []
-        for key, _ in _COLUMNS:
+        for key in _columns(results):
             best = max((m["mean"][key] for m in methods if not math.isnan(m["mean"][key])), default=math.inf)
-            cells.append((_figure(method, key, 1, several), method["mean"][key] >= best))
+            known = key in method["runs"][0]  # a system without panoptic results has no PQ
+            cells.append((_figure(method, key, 1, several) if known else "-", method["mean"][key] >= best))
         trained = method["recipe"] is not None
         cells.append((_figure(method, "train_seconds", 0, several) if trained else "-", False))
         cells.append((_figure(method, "peak_memory_mib", 0, False), False))
@@ -44,21 +63,26 @@ def _figure(method: Mapping[str, Any], key: str, digits: int, several: bool) -> 
     return f"{value} ± {method['std'][key]:.{digits}f}" if several else value
 
 
-def table_header() -> list[str]:
+def table_header(results: Mapping[str, Any]) -> list[str]:
     """Names of the columns: that of the method, then those of :func:`table_rows`."""
-    return ["method", *(name for _, name in _COLUMNS), "train s", "peak MiB"]
+    return ["method", *(_NAMES[key] for key in _columns(results)), "train s", "peak MiB"]
 
 
 def verdict(results: Mapping[str, Any]) -> str:
     """One sentence on what was seen, whichever way it went."""
-    gains = results["gain_of_infoclip_over_finetune"]
+    gains = results["gain_over_finetune"]
     unseen, seen = (sum(g[name] for g in gains) / len(gains) for name in ("unseen", "seen"))
+    ours = results["methods"][results["system"]]["name"]
     better = sum(g["unseen"] > 0 for g in gains)
     count = f" (better in {better} of {len(gains)} seeds)" if len(gains) > 1 else ""
     sentence = (
-        f"Against plain fine-tuning, InfoCLIP's objective changes the mIoU on unseen classes by {unseen:+.1f} points"
-        f"{count} and on seen classes by {seen:+.1f}."
+        f"Against plain fine-tuning, {ours}'s objective changes the mIoU on unseen classes by {unseen:+.1f} points"
+        f"{count} and on seen classes by {seen:+.1f}"
     )
+    if "pq_unseen" in gains[0]:
+        unseen, seen = (sum(g[name] for g in gains) / len(gains) for name in ("pq_unseen", "pq_seen"))
+        sentence += f", the panoptic quality by {unseen:+.1f} and by {seen:+.1f}"
+    sentence += "."
     return sentence.replace("by -", "by \N{MINUS SIGN}")
 
 
@@ -73,30 +97,39 @@ def demo_page(results: Mapping[str, Any], folder: Path, truth: Path, try_it: str
     """
     from infoclip.report.html import Cell, Page
 
-    page = Page("InfoCLIP on generated scenes")
+    ours = results["methods"][results["system"]]
+    page = Page(f"{ours['name']} on generated scenes")
     page.paragraph(verdict(results), "lead")
     seeds = results["seeds"]
     page.paragraph(
-        f"Four methods, one tiny CLIP. Each learns on {len(results['seen_classes'])} seen classes and is tested on "
-        f"{results['methods']['infoclip']['runs'][0]['evaluation']['images']} other scenes with all "
+        f"{len(results['methods'])} methods, tiny CLIPs. Each learns on {len(results['seen_classes'])} seen classes "
+        f"and is tested on {ours['runs'][0]['evaluation']['images']} other scenes with all "
         f"{len(results['seen_classes']) + len(results['unseen_classes'])} classes as candidates "
         f"({results['split']} split, "
         + (f"seeds {', '.join(map(str, seeds))}: mean ± standard deviation" if len(seeds) > 1 else f"seed {seeds[0]}")
         + ")."
     )
-    page.table(table_header(), [[name, *(Cell(*cell) for cell in cells)] for name, cells in table_rows(results)])
+    page.table(table_header(results), [[name, *(Cell(*cell) for cell in cells)] for name, cells in table_rows(results)])
     page.paragraph(
-        "mIoU in percent, over the classes present in the ground truth. Harmonic mean of seen and unseen. Peak memory "
-        "is that of the method's own process, with Python and its libraries.",
+        "mIoU in percent, over the classes present in the ground truth"
+        + (" (PQ: panoptic quality, over the classes that occur)" if "pq_seen" in _columns(results) else "")
+        + ". Harmonic mean of seen and unseen. Peak memory is that of the method's own process, with Python and its "
+        "libraries.",
         "soft",
     )
     _charts(page, results, folder)
     _panels(page, results, folder, truth)
-    _maps(page, results, folder, truth)
+    if results["system"] == "infoclip":
+        _maps(page, results, folder, truth)
+    else:
+        _instances(page, results, folder, truth)
     _classes(page, results)
     page.heading("How to repeat it")
-    page.code(f"infoclip demo --split {results['split']} --seeds {','.join(map(str, seeds))}\n{try_it}")
-    page.details_code("Settings of InfoCLIP", json.dumps(results["methods"]["infoclip"]["config"], indent=1))
+    page.code(
+        f"infoclip demo --system {results['system']} --split {results['split']} --seeds {','.join(map(str, seeds))}\n"
+        f"{try_it}"
+    )
+    page.details_code(f"Settings of {ours['name']}", json.dumps(ours["config"], indent=1))
     page.details_code("Environment", json.dumps(results["environment"], indent=1))
     return page.render()
 
@@ -107,30 +140,29 @@ def _charts(page: Page, results: Mapping[str, Any], folder: Path) -> None:
     from infoclip.report.html import Markup
 
     methods = results["methods"]
-    keys = [key for key, _ in _COLUMNS]
+    keys = ["seen", "unseen", "harmonic"]
     bars = [(m["name"], [m["mean"][k] for k in keys], [m["std"][k] for k in keys]) for m in methods.values()]
     cards = [("Quality", Markup(bar_chart(["seen", "unseen", "harmonic mean"], bars, y_label="mIoU, %")),
               "Bars: standard deviation over seeds." if len(results["seeds"]) > 1 else "One seed.")]  # fmt: skip
     color = dict(zip(methods, SERIES_COLORS, strict=False))
     logs = {key: read_log(folder / key / "log.jsonl") for key in methods if methods[key]["recipe"]}
-    task = [
-        Series(methods[key]["name"], [line["step"] for line in log],
-               [line["losses"].get("segmentation") or math.nan for line in log], color[key])
-        for key, log in logs.items()
-    ]  # fmt: skip
-    cards.append(("Segmentation loss", Markup(line_chart(task, x_label="step", y_label="loss", log_y=True)),
-                  f"Seed {results['seeds'][0]}, means between logging steps."))  # fmt: skip
-    lines = logs["infoclip"]
-    names = list(
-        dict.fromkeys(name for line in lines for name in line["losses"] if name not in ("segmentation", "bound"))
-    )
-    for name in names:
-        points = [(line["step"], line["losses"].get(name)) for line in lines]
-        kept = [(step, value) for step, value in points if value is not None]
-        series = Series(name, [s for s, _ in kept], [v for _, v in kept], color["infoclip"])
-        cards.append((f"Alignment term: {name}",
-                      Markup(line_chart([series], x_label="step", y_label=name)),
-                      "InfoCLIP only, before its weight."))  # fmt: skip
+    if "pq_seen" in _columns(results):
+        keys = ["pq_seen", "pq_unseen", "pq_harmonic"]
+        with_pq = [m for m in methods.values() if "pq_seen" in m["runs"][0]]
+        bars = [(m["name"], [m["mean"][k] for k in keys], [m["std"][k] for k in keys]) for m in with_pq]
+        cards.append(("Panoptic quality", Markup(bar_chart(["seen", "unseen", "harmonic mean"], bars, y_label="PQ, %")),
+                      cards[0][2]))  # fmt: skip
+    lines = [line for log in logs.values() for line in log]
+    for name in dict.fromkeys(name for line in lines for name in line["losses"] if name != "bound"):
+        having = [key for key, log in logs.items() if any(line["losses"].get(name) is not None for line in log)]
+        series = []
+        for key in having:
+            points = [(line["step"], line["losses"].get(name)) for line in logs[key]]
+            kept = [(step, value) for step, value in points if value is not None]
+            series.append(Series(methods[key]["name"], [s for s, _ in kept], [v for _, v in kept], color[key]))
+        chart = line_chart(series, x_label="step", y_label="loss", log_y=name in _TASK_LOSSES)
+        note = f"{methods[having[0]]['name']} only." if len(having) == 1 else f"Seed {results['seeds'][0]}."
+        cards.append((f"Loss: {name.replace('_', ' ')}", Markup(chart), f"{note} Means between logging steps."))
     page.heading("Curves")
     page.cards(cards)
 
@@ -172,6 +204,65 @@ def _panels(page: Page, results: Mapping[str, Any], folder: Path, truth: Path) -
         shown = [i for i in mistaken if largest[i] > 0.005 * mask.size][:8]
         chips += [chip(SCENE_CLASSES[i], int(number[i]), "not in the scene", wrong=True) for i in shown]
         page.panel("", figures, chips)
+
+
+def _instances(page: Page, results: Mapping[str, Any], folder: Path, truth: Path) -> None:
+    """Panoptic maps of the truth and of every method that gives them."""
+    from infoclip.report.html import figure
+
+    page.heading("Segments and instances")
+    page.paragraph(
+        "Panoptic maps of some of the same scenes: each object has a number, an outline and a colour of its own; the "
+        "legend gives its class and its share of the picture."
+    )
+    for index in _examples(truth, set(results["unseen_classes"]), _SCENES):
+        drawn = _panoptic_pictures(results, folder, truth, index)
+        page.panel("", [figure(picture, name, pixelated=False) for name, picture in drawn], columns=2)
+
+
+def _panoptic_pictures(
+    results: Mapping[str, Any], folder: Path, truth: Path, index: int
+) -> list[tuple[str, Image.Image]]:
+    """Overlays of one scene with their titles: the truth, then each method that gives panoptic maps."""
+    import numpy as np
+
+    from infoclip.data.panoptic import Segment, open_panoptic
+    from infoclip.data.scenes import SCENE_CLASSES
+    from infoclip.report.overlay import panoptic_overlay
+
+    unseen = set(results["unseen_classes"])
+    names = [f"{name} (unseen)" if name in unseen else name for name in SCENE_CLASSES]
+    sample = open_panoptic(truth, classes=SCENE_CLASSES)[index]
+    image, _ = _sample(truth, index)
+    maps: list[tuple[str, Any, list[Segment]]] = [("truth", sample["panoptic"].numpy(), list(sample["segments"]))]
+    for key, method in results["methods"].items():
+        if "pq_seen" in method["runs"][0]:
+            found = np.load(folder / f"{key}.npz")
+            segments = [Segment(i, category) for i, category in json.loads(str(found["segments"]))[index]]
+            maps.append((method["name"], found["ids"][index], segments))
+    return [(title, panoptic_overlay(image, ids, segments, names)) for title, ids, segments in maps]
+
+
+def demo_picture(results: Mapping[str, Any], folder: Path, truth: Path) -> Image.Image:
+    """Two scenes, a column each: panoptic maps of the truth and of the methods, one below the other."""
+    from PIL import Image, ImageDraw
+
+    from infoclip.report.overlay import legend_font
+
+    columns = [
+        _panoptic_pictures(results, folder, truth, index)
+        for index in _examples(truth, set(results["unseen_classes"]), 2)
+    ]
+    every = [picture for column in columns for _, picture in column]
+    width, height, title = max(p.width for p in every), max(p.height for p in every), 30
+    canvas = Image.new("RGB", (len(columns) * (width + 16), len(columns[0]) * (height + title + 8)), (255, 255, 255))
+    draw = ImageDraw.Draw(canvas)
+    for x, column in enumerate(columns):
+        for y, (name, picture) in enumerate(column):
+            left, top = x * (width + 16), y * (height + title + 8)
+            draw.text((left + 4, top + 4), name, font=legend_font(20), fill=(25, 25, 25))
+            canvas.paste(picture, (left, top + title))
+    return canvas
 
 
 def _maps(page: Page, results: Mapping[str, Any], folder: Path, truth: Path) -> None:

@@ -21,7 +21,7 @@ from infoclip.report.palette import NO_LABEL, ink, palette
 if TYPE_CHECKING:
     from infoclip.data.panoptic import Segment
 
-__all__ = ["class_shares", "color_labels", "overlay", "panoptic_overlay"]
+__all__ = ["class_shares", "color_labels", "legend_font", "overlay", "panoptic_overlay"]
 
 _SMALL = 512
 """With a legend, pictures whose longer side is shorter are magnified by a whole number, to make room for it."""
@@ -164,7 +164,7 @@ def _tag(picture: Image.Image, labels: NDArray[np.integer], entries: Sequence[_E
     step = max(1, max(labels.shape) // 192)
     small = labels[::step, ::step]
     draw = ImageDraw.Draw(picture)
-    font = _font(max(11, round(0.85 * size)))
+    font = legend_font(max(11, round(0.85 * size)))
     for number, entry in enumerate(entries, start=1):
         if entry.share < _TAG_SHARE:
             continue
@@ -197,7 +197,7 @@ def _deepest(inside: NDArray[np.bool_]) -> tuple[int, int]:
 
 
 def _with_legend(picture: Image.Image, columns: Sequence[Sequence[_Line]], size: int) -> Image.Image:
-    font, small, row, pad = _font(size), _font(max(10, round(0.85 * size))), _row(size), round(size * 0.8)
+    font, small, row, pad = legend_font(size), legend_font(max(10, round(0.85 * size))), _row(size), round(size * 0.8)
     swatch, gap = round(size * 1.75), size * 0.6
     draw = ImageDraw.Draw(picture)
     limit = max(size * 12, picture.width / (2 if len(columns) == 1 else 3.5))
@@ -248,7 +248,7 @@ def _fitted(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, 
 
 
 @functools.lru_cache(maxsize=16)
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def legend_font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which matplotlib brings along: it covers Latin, Greek and Cyrillic."""
     import matplotlib
 
