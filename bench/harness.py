@@ -220,7 +220,7 @@ def check(placed: Placed, backend: str, dtype: str) -> None:
 
 
 def calibrated(
-    step: Callable[[], Any], device: str, budget: float = 1.5, most: int = 40
+    step: Callable[[], Any], device: str, budget: float = 1.0, most: int = 40
 ) -> tuple[Callable[[], Any], int]:
     """The step with its device waited for, warm, and how many rounds of it fit the budget (seconds): at least 5.
 

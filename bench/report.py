@@ -67,16 +67,29 @@ class Results:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """One row a case, part and backend: what one file knows of it (its time) and what another does (its memory)."""
-        merged: dict[tuple[Any, ...], dict[str, Any]] = {}
-        for row in (row for run in self.runs for row in run.rows):
-            key = tuple(row[name] for name in harness.KEY)
-            known = merged.setdefault(key, dict(row))
-            if known["q50"] is None and row["q50"] is not None:
-                known |= {name: row[name] for name in ("q20", "q50", "q80", "rounds", "ratio", "bf16_ratio", "share")}
-            for name in ("peak", "bound"):
-                known[name] = row[name] if known[name] is None else known[name]
-        return list(merged.values())
+        return merged(self.runs)
+
+    @property
+    def by_machine(self) -> dict[str, list[Run]]:
+        """Machine, threads, torch and clock -> the runs there, of whatever commits."""
+        found: dict[str, list[Run]] = {}
+        for run in self.runs:
+            where, _, rest = run.machine.partition("; commit ")
+            found.setdefault("; ".join([where, *rest.split("; ")[2:]]), []).append(run)
+        return found
+
+
+def merged(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One row a case, part and backend: what one file knows of it (its time) and what another does (its memory)."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in (row for run in runs for row in run.rows):
+        key = tuple(row[name] for name in harness.KEY)
+        known = found.setdefault(key, dict(row))
+        if known["q50"] is None and row["q50"] is not None:
+            known |= {name: row[name] for name in ("q20", "q50", "q80", "rounds", "ratio", "bf16_ratio", "share")}
+        for name in ("peak", "bound"):
+            known[name] = row[name] if known[name] is None else known[name]
+    return list(found.values())
 
 
 def read(folder: Path) -> Results:
@@ -174,14 +187,19 @@ def summary(found: Results) -> str:
 
 
 def tables(found: Results) -> str:
-    """Markdown of everything, a section a file, and what it rests on."""
+    """Markdown of everything: a section a machine, whose files make one table an op, and what it rests on."""
     parts = [f"{HEAD}\n\n{summary(found)}"]
     for name, command, line in found.sources:
         parts.append(f"`{command}` ({name}): {line}")
     parts.append(REST)
-    for run in found.runs:
-        rates = harness.rates_line(run.rates)
-        parts.append(f"### {run.file}\n\n{run.machine}\n\n`{run.command}`\n\n{rates}\n\n{harness.table(run.rows)}")
+    for machine, runs in found.by_machine.items():
+        parts.append(f"### {machine}")
+        for run in runs:
+            when = run.machine.partition("; commit ")[2]
+            parts.append(
+                f"`{run.command}`\\\ncommit {when}\\\n" + "\\\n".join(harness.rates_line(run.rates).splitlines())
+            )
+        parts.append(harness.table(merged(runs)))
     return "\n\n".join(parts)
 
 
