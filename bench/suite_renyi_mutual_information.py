@@ -22,7 +22,7 @@ def bound(sizes: Sizes, device: str, dtype: str, packed: int) -> float:
     )  # for a half, its product in fp32 is there a moment
     views, entries = 2, 2 * d
     if device == "cuda":
-        return results + b * (4 * views * n * n if views * n <= 4 * entries else 8 * views * n)
+        return results + b * ((4 * views * n * n if views * n <= 4 * entries else 0) + 9 * views * n + 16384)
     n, d = -(-n // 96) * 96, -(-d // 32) * 32
     if views * n <= 4 * entries:
         own = 2 * views * n * (n + 192)

@@ -322,10 +322,10 @@ PYBIND11_MODULE(_C, m) {
       py::arg("isa"), py::arg("threads"), py::arg("stream"));
   m.def(
       "renyi_information",
-      [](const std::array<int64_t, 2>& sizes, int dtype, const std::vector<int64_t>& widths,
+      [](bool cuda, const std::array<int64_t, 2>& sizes, int dtype, const std::vector<int64_t>& widths,
          const std::vector<uintptr_t>& x, const std::vector<Strides3>& x_s, const std::vector<bool>& unit,
-         const std::vector<int>& weights, uintptr_t value, const std::vector<uintptr_t>& grad, const std::string& isa,
-         int threads) {
+         const std::vector<int>& weights, uintptr_t value, const std::vector<uintptr_t>& grad, uintptr_t work,
+         const std::string& isa, int threads, uintptr_t stream) {
         RenyiInformation p{};
         p.B = sizes[0], p.N = sizes[1], p.views = static_cast<int>(x.size()), p.dtype = dtype;
         INFOCLIP_CHECK(p.views == 2 || p.views == 3, "there are not 2 or 3 views");
@@ -343,12 +343,25 @@ PYBIND11_MODULE(_C, m) {
           p.grad[v] = reinterpret_cast<void*>(grad[v]);
         }
         p.value = reinterpret_cast<void*>(value);
-        const Isa chosen = parse_isa(isa);
+        p.work = reinterpret_cast<void*>(work);
+        if (!cuda) {
+          const Isa chosen = parse_isa(isa);
+          py::gil_scoped_release release;
+          renyi_information_cpu(p, chosen, threads);
+          return;
+        }
+#ifdef INFOCLIP_WITH_CUDA
+        INFOCLIP_CHECK(p.dtype != kDouble, "the CUDA form has no float64");
         py::gil_scoped_release release;
-        renyi_information_cpu(p, chosen, threads);
+        renyi_information_cuda(p, stream);
+#else
+        (void)stream;
+        throw std::runtime_error("infoclip._C was built without CUDA");
+#endif
       },
-      py::kw_only(), py::arg("sizes"), py::arg("dtype"), py::arg("widths"), py::arg("x"), py::arg("x_s"),
-      py::arg("unit"), py::arg("weights"), py::arg("value"), py::arg("grad"), py::arg("isa"), py::arg("threads"));
+      py::kw_only(), py::arg("cuda"), py::arg("sizes"), py::arg("dtype"), py::arg("widths"), py::arg("x"),
+      py::arg("x_s"), py::arg("unit"), py::arg("weights"), py::arg("value"), py::arg("grad"), py::arg("work"),
+      py::arg("isa"), py::arg("threads"), py::arg("stream"));
 #ifdef INFOCLIP_WITH_CUDA
   m.def(
       "infonce_work_floats",
@@ -362,6 +375,17 @@ PYBIND11_MODULE(_C, m) {
       },
       py::kw_only(), py::arg("sizes"), py::arg("symmetric"), py::arg("paired"), py::arg("backward"),
       py::arg("learns"));
+  m.def(
+      "renyi_information_work_floats",
+      [](const std::array<int64_t, 2>& sizes, const std::vector<int64_t>& widths, bool needed) {
+        INFOCLIP_CHECK(widths.size() == 2 || widths.size() == 3, "there are not 2 or 3 views");
+        RenyiInformation p{};
+        p.B = sizes[0], p.N = sizes[1], p.views = static_cast<int>(widths.size());
+        std::copy(widths.begin(), widths.end(), p.D);
+        p.grad[0] = needed ? &p : nullptr;
+        return renyi_information_work_floats(p);
+      },
+      py::kw_only(), py::arg("sizes"), py::arg("widths"), py::arg("needed"));
   m.def(
       "upsample_bce_work_bytes",
       [](const std::array<int64_t, 6>& sizes) {

@@ -449,21 +449,33 @@ def renyi_information(
     isa: str = "auto",
     threads: int | None = None,
 ) -> None:
-    """Write the weighted entropies of order 2 and their gradients in the views whose entry is not None; on the CPU.
+    """Write the weighted entropies of order 2 and their gradients in the views whose entry is not None.
 
     Two or three views of one dtype. ``units`` names those whose rows are L2-normalised first; ``weights`` are -1, 0 or
     1, of the joint entropy and of each view's. ``isa``, ``threads`` and errors as :func:`cost_volume_forward`.
     """
-    _load().renyi_information(
-        sizes=list(views[0].shape[:2]),
-        dtype=DTYPES[views[0].dtype],
-        widths=[v.shape[2] for v in views],
-        x=[v.data_ptr() for v in views],
-        x_s=[_strides(v) for v in views],
-        unit=list(units),
-        weights=list(weights),
-        value=value.data_ptr(),
-        grad=[_address(g) for g in grads],
-        isa=isa,
-        threads=threads if threads is not None else torch.get_num_threads(),
-    )
+    module = _load()
+    first = views[0]
+    sizes, widths = list(first.shape[:2]), [v.shape[2] for v in views]
+    with torch.cuda.device_of(first):
+        work = None
+        if first.is_cuda:
+            needed = any(g is not None for g in grads)
+            floats = module.renyi_information_work_floats(sizes=sizes, widths=widths, needed=needed)
+            work = torch.empty(floats, dtype=torch.float32, device=first.device)
+        module.renyi_information(
+            cuda=first.is_cuda,
+            sizes=sizes,
+            dtype=DTYPES[first.dtype],
+            widths=widths,
+            x=[v.data_ptr() for v in views],
+            x_s=[_strides(v) for v in views],
+            unit=list(units),
+            weights=list(weights),
+            value=value.data_ptr(),
+            grad=[_address(g) for g in grads],
+            work=_address(work),
+            isa=isa,
+            threads=threads if threads is not None else torch.get_num_threads(),
+            stream=_stream(first),
+        )

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import test_infonce as of_infonce
+import test_renyi_mutual_information as of_renyi
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -72,6 +73,25 @@ class InfoNce(ctypes.Structure):
     ]
 
 
+class RenyiInformation(ctypes.Structure):
+    """As ``csrc/renyi_mutual_information/renyi.hpp``."""
+
+    _fields_ = [
+        ("B", ctypes.c_int64),
+        ("N", ctypes.c_int64),
+        ("views", ctypes.c_int),
+        ("D", ctypes.c_int64 * 3),
+        ("dtype", ctypes.c_int),
+        ("x", ctypes.c_void_p * 3),
+        ("x_s", (ctypes.c_int64 * 3) * 3),
+        ("unit", ctypes.c_bool * 3),
+        ("weights", ctypes.c_int * 4),
+        ("value", ctypes.c_void_p),
+        ("grad", ctypes.c_void_p * 3),
+        ("work", ctypes.c_void_p),
+    ]
+
+
 @pytest.fixture(scope="session")
 def compiler() -> str:
     found = shutil.which("g++")
@@ -88,6 +108,11 @@ def library(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> ctypes.C
 @pytest.fixture(scope="session")
 def contrast(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return build(compiler, "infonce", tmp_path_factory.mktemp("emulation"))
+
+
+@pytest.fixture(scope="session")
+def information(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return build(compiler, "renyi_mutual_information", tmp_path_factory.mktemp("emulation"))
 
 
 def build(compiler: str, op: str, folder: Path, sources: Path = ROOT / "csrc", level: str = "-O1") -> ctypes.CDLL:
@@ -294,23 +319,14 @@ def test_a_planted_error_is_caught(compiler, tmp_path) -> None:
 # infonce: by the rule and the samples of tests/test_infonce.py, the emulated form in the place of the native one.
 
 
-class Contrast:
-    """The room's native form by the emulated library; ``launches`` of each call; no more scratch than it asks for."""
+class Form:
+    """A room's native form by the emulated library; ``launches`` of each call; no more scratch than it asks for."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         self.launches: list[int] = []
 
-    def problem(self, x: Any, y: Any, temperature: Any, scale: float, positive: Any, symmetric: bool) -> InfoNce:
-        p = InfoNce(*x.shape[:2], y.shape[1], x.shape[2], native.DTYPES[x.dtype], symmetric, scale)
-        p.temperature = None if temperature is None else temperature.data_ptr()
-        p.x, p.x_s[:] = x.data_ptr(), x.stride()
-        p.y, p.y_s[:] = y.data_ptr(), y.stride()
-        if positive is not None:
-            p.positive, p.positive_s[:] = positive.data_ptr(), positive.stride()
-        return p
-
-    def call(self, p: InfoNce, backward: bool) -> None:
+    def call(self, p: Any, backward: bool) -> None:
         floats = self.library.work_floats(ctypes.byref(p), int(backward))
         work = torch.full((floats + 16,), torch.nan)
         work[floats:] = 7.0
@@ -321,6 +337,17 @@ class Contrast:
             raise ValueError(message.decode())
         assert (work[floats:] == 7.0).all()
         self.launches.append(self.library.emulated_launches() - before)
+
+
+class Contrast(Form):
+    def problem(self, x: Any, y: Any, temperature: Any, scale: float, positive: Any, symmetric: bool) -> InfoNce:
+        p = InfoNce(*x.shape[:2], y.shape[1], x.shape[2], native.DTYPES[x.dtype], symmetric, scale)
+        p.temperature = None if temperature is None else temperature.data_ptr()
+        p.x, p.x_s[:] = x.data_ptr(), x.stride()
+        p.y, p.y_s[:] = y.data_ptr(), y.stride()
+        if positive is not None:
+            p.positive, p.positive_s[:] = positive.data_ptr(), positive.stride()
+        return p
 
     def forward(self, x, y, temperature, scale, positive, symmetric):
         loss, bound, rows = torch.full((), torch.nan), torch.full((), torch.nan), torch.full(x.shape[:2], torch.nan)
@@ -434,6 +461,7 @@ def test_infonce_scratch_at_16384_and_65536(contrast, paired) -> None:
         assert contrast.work_floats(ctypes.byref(p), 1) <= n // 64
 
 
+@pytest.mark.slow  # each builds the library again
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -455,3 +483,129 @@ def test_infonce_with_a_planted_error_is_caught(compiler, tmp_path, as_native, b
         given = x.abs() + 1, -(y.abs() + 1), positive, "native", 0.3
     with pytest.raises(AssertionError, match="off by"):
         of_infonce.assert_as_good(*given)
+
+
+# renyi_mutual_information: the same, by tests/test_renyi_mutual_information.py.
+
+
+class Information(Form):
+    def problem(self, views: Any, units: Any, weights: Any) -> RenyiInformation:
+        p = RenyiInformation(*views[0].shape[:2], len(views))
+        p.dtype = native.DTYPES[views[0].dtype]
+        p.weights[: len(weights)] = weights
+        for v, x in enumerate(views):
+            p.D[v], p.x[v], p.x_s[v][:], p.unit[v] = x.shape[2], x.data_ptr(), x.stride(), units[v]
+        return p
+
+    def forward(self, views, units, weights, value, grads):
+        p = self.problem(views, units, weights)
+        p.value = value.data_ptr()
+        for v, grad in enumerate(grads):
+            p.grad[v] = None if grad is None else grad.data_ptr()
+        self.call(p, False)
+
+
+# B, N, widths. Tiles of values are 64 x 64; the gradients' 64 x 128, and 64, 128, 192 or 256 entries of D a block.
+# Products are kept where V N <= 4 (D + E).
+INFORMATION = [
+    (1, 1, 1, 1),
+    (2, 65, 40, 13),  # kept
+    (1, 131, 5, 9),
+    (1, 100, 140, 3),  # kept
+    (2, 130, 7, 12),
+    (1, 140, 13, 257),  # two chunks of D, and kept
+    (1, 70, 9, 4, 6),
+]
+
+
+@DTYPES
+@pytest.mark.parametrize("size", INFORMATION, ids=str)
+def test_renyi(information, as_native, size, dtype) -> None:
+    form = as_native("renyi_mutual_information", Information(information))
+    views = of_renyi.samples(*size, dtype=dtype)
+    if len(views) == 2:
+        of_renyi.assert_as_good(views, "native")
+    of_renyi.assert_as_good(views, "native", of_renyi.compression_loss)  # all but the first are unit rows
+    assert set(form.launches) == {3}
+
+
+def test_renyi_of_scales_that_leave_the_range(information, as_native) -> None:
+    """Operands are scaled before they meet: rows of 1e18 and 1e-18, of a view as given and of unit rows."""
+    as_native("renyi_mutual_information", Information(information))
+    x, y = of_renyi.samples(1, 70, 9, 12)
+    for form in (of_renyi.renyi_mutual_information, of_renyi.compression_loss):
+        value, d_x, d_y = of_renyi.run(form, (x, y), "native")
+        got, e_x, e_y = of_renyi.run(form, (x * 1e18, y * 1e-18), "native")
+        # In bits; 1e18 is no power of two: one rounding of each entry.
+        torch.testing.assert_close(got, value, rtol=0, atol=1e-5)
+        torch.testing.assert_close(e_x * 1e18, d_x, rtol=1e-4, atol=1e-5 * d_x.abs().max().item())
+        torch.testing.assert_close(e_y * 1e-18, d_y, rtol=1e-4, atol=1e-5 * d_y.abs().max().item())
+    low = [v.bfloat16() * 2.0**60 for v in (x, y)]
+    of_renyi.assert_as_good(low, "native", of_renyi.compression_loss)
+
+
+def test_renyi_of_fp16_rows_of_very_different_lengths(information, as_native) -> None:
+    as_native("renyi_mutual_information", Information(information))
+    x, y = of_renyi.samples(1, 40, 9, 12)
+    y *= torch.logspace(-3, 3, 40)[:, None]
+    of_renyi.assert_as_good((x.half(), y.half()), "native", of_renyi.compression_loss)
+
+
+@DTYPES
+def test_renyi_of_any_strides(information, as_native, dtype) -> None:
+    as_native("renyi_mutual_information", Information(information))
+    x, y = of_renyi.samples(2, 66, 12, 7, dtype=dtype)
+    want = of_renyi.run(of_renyi.renyi_mutual_information, (x, y), "native")
+    flat = torch.cat([x.new_full((1,), torch.nan), x.flatten()])[1:].view(x.shape)  # misaligned
+    for other in (x.mT.contiguous().mT, x.repeat_interleave(2, dim=-1)[..., ::2], flat):
+        got = of_renyi.run(of_renyi.renyi_mutual_information, (other, y), "native")
+        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [of_renyi.test_awkward_values, of_renyi.test_incoming_gradients_only_those_asked_for_and_twice],
+    ids=lambda case: case.__name__,
+)
+def test_renyi_as_every_backend(information, as_native, case) -> None:
+    """Equal, zero and missing rows, NaN and infinity; one gradient at a time, twice the same bits, none at all."""
+    as_native("renyi_mutual_information", Information(information))
+    case("native")
+
+
+def test_renyi_of_sizes_beyond_32_bits(information) -> None:
+    one = torch.ones(1, 1, 1)
+    for n, d in ((2**31, 1), (1, 2**31)):
+        x = one.expand(1, n, d)  # stride 0: it takes no memory
+        p = Information(information).problem((x, x), (False, False), (-1, 1, 1))
+        assert "an axis of 2" in information.emulated(ctypes.byref(p), 0).decode()
+
+
+def test_renyi_scratch_at_16384_and_65536(information) -> None:
+    """The README's bound on the scratch, by the sizes that the form asks for; and of the products that are kept."""
+    for n, d, kept in ((16384, 64, False), (65536, 171, False), (576, 171, True), (2304, 512, False)):
+        p = Information(information).problem([torch.empty(1, n, d, device="meta")] * 2, (False,) * 2, (-1, 1, 1))
+        p.grad[0] = 16
+        most = 9 * 2 * n + 16384 + (4 * 2 * n * n if kept else 0)
+        assert 4 * information.work_floats(ctypes.byref(p), 0) <= most
+        assert most <= 16 * n * 2 * d + 9 * 2 * n + 16384
+
+
+@pytest.mark.slow  # each builds the library again
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("const float times = i == j ? 1.0f : 2.0f;", "const float times = 2.0f;"),
+        ("room.diagonal[m] = w, w = 0.0f;", "room.diagonal[m] = w;"),  # counted twice
+        ("own -= off + own * f.square;", "own -= own * f.square;"),
+        ("room.before[r] = f.before,", "room.before[r] = 1.0f,"),
+    ],
+    ids=["half", "diagonal", "unit", "scale"],
+)
+def test_renyi_with_a_planted_error_is_caught(compiler, tmp_path, as_native, before, after) -> None:
+    file = "renyi_mutual_information/cuda.cu"
+    library = planted(compiler, "renyi_mutual_information", tmp_path, file, before, after)
+    as_native("renyi_mutual_information", Information(library))
+    views = of_renyi.samples(1, 66, 7, 9)
+    with pytest.raises(AssertionError, match="off by"):
+        of_renyi.assert_as_good(views, "native", of_renyi.compression_loss)

@@ -18,6 +18,7 @@ from kernel_checks import (
     BACKENDS,
     EPS,
     INTERPRETED,
+    assert_captured_within,
     assert_compiles,
     assert_passes_in_the_interpreter,
     nan_filled_memory,
@@ -406,3 +407,39 @@ def test_triton_in_the_interpreter() -> None:
 def test_triton_compiles_without_a_gpu(capability) -> None:
     """Spills, shared memory and matrix instructions for the GPU generations that are served."""
     assert_compiles("renyi_mutual_information", capability)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_on_the_gpu(backend, dtype) -> None:
+    reason = kernels.why_not("renyi_mutual_information", backend, "cuda", dtype)
+    if reason:
+        pytest.skip(reason)
+    for size in (*SIZES, (2, 130, 9, 33, 5), (4, 576, 171, 171)):
+        views = [v.cuda() for v in samples(*size, dtype=dtype)]
+        if len(views) == 2:
+            assert_as_good(views, backend)
+        assert_as_good([v.mT.contiguous().mT for v in views], backend, compression_loss)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_the_gpu_in_a_graph_within_the_byte_bound(backend, dtype) -> None:
+    """The README's bound at N = 16,384 by torch's allocator; one Gram matrix alone would be 1 GiB."""
+    reason = kernels.why_not("renyi_mutual_information", backend, "cuda", dtype)
+    if reason:
+        pytest.skip(reason)
+    torch.use_deterministic_algorithms(False)  # no NaN is filled in here: filling takes launches of its own
+    x, y = (v.cuda().requires_grad_() for v in samples(1, 16384, 64, 64, dtype=dtype))
+
+    def step():
+        value = renyi_mutual_information(x, y, backend=backend)
+        return value.detach(), *torch.autograd.grad(value, (x, y), torch.ones_like(value))
+
+    # Both gradients as made (fp32), times the incoming one (fp32 for a moment), and handed out; a few small tensors.
+    results = (4 + 4 + x.element_size()) * 2 * x.numel()
+    assert_captured_within(step, results + 9 * 2 * 16384 + 16384 + 16 * 512)

@@ -24,9 +24,37 @@ __device__ inline void narrow(float v, float* to) { *to = v; }
 __device__ inline void narrow(float v, __half* to) { *to = __float2half_rn(v); }
 __device__ inline void narrow(float v, __nv_bfloat16* to) { *to = __float2bfloat16_rn(v); }
 
+template <class T>
+__device__ constexpr bool is_half(T) { return false; }
+__device__ constexpr bool is_half(__half) { return true; }
+
 template <class V>
 __device__ inline V warp_sum(V v) {
   for (int step = 16; step; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
+  return v;
+}
+
+// Over the lanes that differ in the bits FROM .. TO of their number; every one of them has the result.
+template <int FROM, int TO>
+__device__ inline float lanes_sum(float v) {
+#pragma unroll
+  for (int step = FROM; step <= TO; step *= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
+  return v;
+}
+template <int FROM, int TO>
+__device__ inline float lanes_max(float v) {  // of what is a number
+#pragma unroll
+  for (int step = FROM; step <= TO; step *= 2) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, step));
+  return v;
+}
+
+template <int N>  // the largest number of a block of N threads, in every thread; `room` holds N / 32
+__device__ inline float block_max(float v, float* room) {
+  v = lanes_max<1, 16>(v);
+  if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = v;
+  __syncthreads();
+  for (int i = 0; i < N / 32; ++i) v = fmaxf(v, room[i]);
+  __syncthreads();
   return v;
 }
 

@@ -170,7 +170,8 @@ __device__ inline void split_tf32(uint32_t (&high)[4], uint32_t (&low)[4], const
 }
 
 // acc[i][j] += the product of 16 rows of A by 8 of B, over half a tile of K; b are the fragments of 16 rows of B each.
-template <class T, int MI, int NJ, class ReadA>
+// APART (of floats always): each call's sums start from zero and are added by an ordinary sum.
+template <class T, bool APART = false, int MI, int NJ, class ReadA>
 __device__ inline void multiply_fragments(float (&acc)[MI][NJ][4], const uint32_t (&b)[NJ / 2][4],
                                           const ReadA& read_a) {
   if constexpr (sizeof(T) == 2) {
@@ -179,7 +180,16 @@ __device__ inline void multiply_fragments(float (&acc)[MI][NJ][4], const uint32_
       uint32_t a[4];
       read_a(a, i);
 #pragma unroll
-      for (int j = 0; j < NJ; ++j) multiply_add(acc[i][j], a, b[j / 2][j % 2], b[j / 2][j % 2 + 2], T());
+      for (int j = 0; j < NJ; ++j) {
+        if constexpr (APART) {
+          float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+          multiply_add(sum, a, b[j / 2][j % 2], b[j / 2][j % 2 + 2], T());
+#pragma unroll
+          for (int e = 0; e < 4; ++e) acc[i][j][e] += sum[e];
+        } else {
+          multiply_add(acc[i][j], a, b[j / 2][j % 2], b[j / 2][j % 2 + 2], T());
+        }
+      }
     }
   } else {
     uint32_t b_high[NJ / 2][4], b_low[NJ / 2][4];
@@ -213,15 +223,25 @@ __device__ inline void scale_word(uint32_t& word, const float* scale, T) {
   word = *reinterpret_cast<const uint32_t*>(&scaled);
 }
 
+// All of a word by one factor.
+__device__ inline void scale_row(uint32_t& word, float factor, float) { scale_word(word, &factor, 0.0f); }
+template <class T>
+__device__ inline void scale_row(uint32_t& word, float factor, T) {
+  const float both[2] = {factor, factor};
+  scale_word(word, both, T());
+}
+
 // acc = the block's tile of sum over summands and k of A[m0 + m, k] B[n0 + n, k] scale[k]; every thread of the block
 // calls. origin_a and origin_b are the batch's offsets, scale (or null) is the batch's; shared memory is free after.
-template <class T, int BM, int BN>
+// rows_a and rows_b (or null) multiply the tile's rows of A and B before they meet: powers of two, in shared memory.
+template <class T, int BM, int BN, bool APART = false>
 __device__ inline void multiply_tile(float (&acc)[BM / 32][4][4], unsigned char* shared, const Operand& a,
                                      int64_t origin_a, int m0, int M, const Operand& b, int64_t origin_b, int n0,
-                                     int N, int K, int summands, const float* scale, int64_t scale_summand) {
+                                     int N, int K, int summands, const float* scale, int64_t scale_summand,
+                                     const float* rows_a = nullptr, const float* rows_b = nullptr) {
   using S = Shape<T, BM, BN>;
   constexpr int WORD = 4 / sizeof(T);  // elements of a fragment's word
-  const int warp = threadIdx.x / 32, t = threadIdx.x % 4;
+  const int warp = threadIdx.x / 32, t = threadIdx.x % 4, lane_row = threadIdx.x % 32 / 4;
   const int warp_m = warp % 2 * (BM / 2), warp_n = warp / 2 * WARP_N;
   const Reader<T, BM> read_a(a.by_row);
   const Reader<T, BN> read_b(b.by_row);
@@ -270,7 +290,19 @@ __device__ inline void multiply_tile(float (&acc)[BM / 32][4][4], unsigned char*
 #pragma unroll
           for (int w = 0; w < 4; ++w) scale_word(words[j][w], scales + half * (S::DEPTH / 2) + w / 2 * 4 * WORD, T());
       }
-      multiply_fragments<T>(acc, words, [&](uint32_t(&f)[4], int i) { read_a(f, stage, warp_m + i * 16, half); });
+      if (rows_b) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+#pragma unroll
+          for (int w = 0; w < 4; ++w) scale_row(words[j][w], rows_b[warp_n + j * 16 + w % 2 * 8 + lane_row], T());
+      }
+      multiply_fragments<T, APART>(acc, words, [&](uint32_t(&f)[4], int i) {
+        read_a(f, stage, warp_m + i * 16, half);
+        if (rows_a) {
+#pragma unroll
+          for (int w = 0; w < 4; ++w) scale_row(f[w], rows_a[warp_m + i * 16 + w % 2 * 8 + lane_row], T());
+        }
+      });
     }
   }
   copy_async_wait<0>();
@@ -289,13 +321,16 @@ template <class T, int BM, int BN, int BD>
 struct KeptProduct {
   static constexpr int THREADS = Shape<T, BM, BN>::THREADS, ACROSS = BD / (THREADS / 64), NJ = ACROSS / 8;
   static constexpr int DEPTH = Layout<T, BD>::DEPTH, TILES = BN / DEPTH, SHARED = STAGES * Layout<T, BD>::BYTES;
+  static constexpr int WORD = 4 / sizeof(T);
   static_assert(ACROSS % 16 == 0 && BN % DEPTH == 0, "whole fragments");
   using Sums = float[BM / 32][NJ][4];
 
   unsigned char* shared;
   const Operand& b;
   int64_t origin;
-  int d0, D, k0, K, copied = 0;
+  int d0, D, k0, K;
+  const float* scale = nullptr;  // in shared memory, BN of them, or null: what B's k are multiplied by, powers of two
+  int copied = 0;
 
   __device__ void copy() {
     if (copied < TILES && k0 + copied * DEPTH < K)
@@ -321,7 +356,14 @@ struct KeptProduct {
       for (int half = 0; half < 2; ++half) {
         uint32_t words[NJ / 2][4];
 #pragma unroll
-        for (int j = 0; j < NJ / 2; ++j) read_b(words[j], stage, warp / 2 * ACROSS + j * 16, half);
+        for (int j = 0; j < NJ / 2; ++j) {
+          read_b(words[j], stage, warp / 2 * ACROSS + j * 16, half);
+          if (scale) {
+#pragma unroll
+            for (int w = 0; w < 4; ++w)
+              scale_word(words[j][w], scale + tile * DEPTH + half * (DEPTH / 2) + (w / 2 * 4 + lane % 4) * WORD, T());
+          }
+        }
         multiply_fragments<T>(acc, words, [&](uint32_t(&f)[4], int i) {
           load_matrices(f, rows + i * 16 * KEPT_PITCH<T, BN> + tile * 64 + half * 32);
         });

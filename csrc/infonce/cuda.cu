@@ -66,19 +66,6 @@ __device__ inline void join_parts(float& high, float& sum, float more_high, floa
   high = most;
 }
 
-template <int FROM, int TO>
-__device__ inline float lanes_sum(float v) {  // over the lanes that differ in the bits FROM .. TO
-#pragma unroll
-  for (int step = FROM; step <= TO; step *= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
-  return v;
-}
-template <int FROM, int TO>
-__device__ inline float lanes_max(float v) {
-#pragma unroll
-  for (int step = FROM; step <= TO; step *= 2) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, step));
-  return v;
-}
-
 template <class T, int BM, int BN>
 __global__ void __launch_bounds__(Shape<T, BM, BN>::THREADS, BM == 64 ? 3 : sizeof(T) == 2 ? 2 : 1)
     patches(const __grid_constant__ Patches p) {
@@ -395,11 +382,7 @@ __global__ void __launch_bounds__(256, sizeof(T) == 2 && BD == 64 ? 2 : 1) slope
       }
     if (!out) continue;
     if (p.adapt) {
-      largest = lanes_max<1, 16>(largest);
-      if (threadIdx.x % 32 == 0) room[warp] = largest;
-      __syncthreads();
-#pragma unroll
-      for (int w = 0; w < 8; ++w) largest = fmaxf(largest, room[w]);
+      largest = block_max<256>(largest, room);
       // 2^14 over the power of two below the largest; 1 counts as the least of those
       const int above = max(static_cast<int>(__float_as_uint(largest) >> 23) - 127, 0);
       const float wanted = __uint_as_float(static_cast<uint32_t>(127 + 14 - above) << 23);

@@ -26,9 +26,15 @@ struct RenyiInformation {
   int weights[1 + kMostViews];                     // -1, 0 or 1
   void* value = nullptr;                           // [B] fp32, or fp64 for fp64 views
   void* grad[kMostViews] = {nullptr, nullptr, nullptr};  // [B, N, D] contiguous, as value, or null where none is wanted
+  void* work = nullptr;                            // CUDA: fp32 scratch of renyi_information_work_floats()
 };
 
 void renyi_information_cpu(const RenyiInformation& p, Isa isa, int threads);
+
+#ifdef INFOCLIP_WITH_CUDA
+int64_t renyi_information_work_floats(const RenyiInformation& p);  // looks at sizes and at what is asked for
+void renyi_information_cuda(const RenyiInformation& p, uintptr_t stream);
+#endif
 
 // What one set of instructions offers. Blocks of products c [rows, columns] have the row stride ld.
 template <class C>

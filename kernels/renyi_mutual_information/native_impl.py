@@ -1,22 +1,29 @@
-"""The native form: C++ on the CPU (``csrc/renyi_mutual_information``). Outputs are allocated by the op."""
+"""The native form: C++ on the CPU, CUDA C++ on the GPU (``csrc/renyi_mutual_information``).
+
+Outputs are allocated by the op.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from infoclip import native
+from infoclip.kernels.aot import NativeKernels
+from infoclip.native import why_not
 
-__all__ = ["forward", "why_not"]
+__all__ = ["AOT", "forward", "why_not"]
 
 
-def why_not(device: str, dtype: torch.dtype | None = None) -> str | None:
-    """Why the native kernels cannot run there, or None where they can."""
-    if torch.device(device).type == "cuda":
-        return "there is no CUDA C++ form of it yet; triton and the reference run there."
-    return native.why_not(device, dtype)
+AOT = NativeKernels(
+    matrix=(r"\bvalues<", r"\bgradients<"),
+    dynamic_shared={
+        r"\bvalues<": 32_160,
+        r"\bgradients<": 84_512,
+    },
+)
+"""Shared memory: ``VALUES_SHARED`` and ``GradientShared::SHARED`` of ``csrc/renyi_mutual_information/cuda.cu``."""
 
 
 def forward(
