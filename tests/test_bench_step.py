@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+from small_models import small_mask_config
 from training_data import tiny_config, write_folders
 
 from bench import step
@@ -41,6 +42,21 @@ def test_every_form_takes_the_same_step(
         assert row["images_per_second"] == pytest.approx(1 / row["median_s"])
     assert found["rows"][0]["ratio"] == 1
     assert "commit" in found["machine"]
+
+
+def test_every_form_takes_the_same_step_of_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = small_mask_config(tmp_path)
+    small = [
+        f"mask.{key}={getattr(config.mask, key)}"
+        for key in ("queries", "channels", "attention_heads", "encoder_layers", "encoder_ffn_dim", "decoder_layers",
+                    "decoder_ffn_dim", "transfer_heads", "points")
+    ]  # fmt: skip
+    code = step.main(["--model", "maftplus-base", "--classes", "6", "--rounds", "1", "--device", "cpu",
+                      f"clip.model={config.clip.model}", "clip.templates=plain", "data.crop=64", *small])  # fmt: skip
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    assert "maftplus-base, 64 px, 6 classes" in printed.out
+    assert [line.split(" ")[1] for line in printed.out.splitlines() if line.startswith("| ")][1:] == list(step.MODES)
 
 
 def test_a_wrong_form_gives_no_table(
