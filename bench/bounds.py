@@ -30,6 +30,7 @@ from infoclip.model.aggregator import Aggregator
 from infoclip.model.attention import window_mask
 from infoclip.model.footprint import LiveBytes
 from infoclip.model.memory import MODES, MemoryMode
+from infoclip.model.stages import windows_of
 
 __all__ = ["BOUNDS", "MASK_BOUNDS", "MASK_SIZE", "ORDER", "PUBLISHED", "Counts", "Timed", "broken", "broken_masks",
            "count", "count_masks", "main", "times"]  # fmt: skip
@@ -73,12 +74,15 @@ _CPU_ATTENTION = {  # torch counts the kernels of GPUs alone
 
 @contextmanager
 def _fake() -> Iterator[None]:
-    window_mask.cache_clear()  # a cached mask belongs to where it was made
+    caches = (window_mask, windows_of)
+    for cache in caches:  # what is cached belongs to where it was made
+        cache.cache_clear()
     try:
         with FakeTensorMode():
             yield
     finally:
-        window_mask.cache_clear()
+        for cache in caches:
+            cache.cache_clear()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from bench.bounds import broken, count
 from infoclip.config import Config, apply_overrides
 from infoclip.errors import ConfigError
 from infoclip.model.aggregator import Aggregator
-from infoclip.model.fast import fold_transposed
+from infoclip.model.decoder import UpBlock
 from infoclip.model.memory import MODES
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -46,15 +46,17 @@ def test_same_values_and_gradients_in_float64(h: int, w: int, guided: bool, atte
             assert (plain - fast).norm() <= 1e-11 * plain.norm() + 1e-14
 
 
-def test_folded_convolution() -> None:
+@pytest.mark.parametrize("guided", [True, False])
+def test_folded_convolution(guided: bool) -> None:
     torch.manual_seed(0)
-    x, up, kernel = torch.randn(2, 3, 4, 5), torch.randn(3, 4, 2, 2), torch.randn(6, 4, 3, 3)
-    want = F.conv2d(F.conv_transpose2d(x, up, stride=2), kernel, padding=1)
-    y = F.conv2d(x, fold_transposed(up, kernel), padding=1).view(2, 2, 2, 6, 5, 6)
-    for p in range(2):
-        for q in range(2):
-            got = y[:, p, q, :, p : p + 4, q : q + 5]
-            torch.testing.assert_close(got, want[:, :, p::2, q::2], rtol=1e-5, atol=1e-5)  # float32, 16 to 48 terms
+    block = UpBlock(8, 16, 3 if guided else 0).double()
+    x = torch.randn(2, 8, 4, 5, dtype=torch.float64)
+    guidance = torch.randn(2, 3, 8, 10, dtype=torch.float64) if guided else None
+    up = block.up(x)
+    want = block.conv.double_conv[0](up if guidance is None else torch.cat([up, guidance], dim=1))
+    kernel, shared = block.fold(guidance, 4, 5)
+    got = F.conv_transpose2d(x, kernel, stride=2, padding=1) + shared
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)  # float64 in another order of summation
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in GOLDEN.glob("aggregator.*.json")))

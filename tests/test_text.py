@@ -143,6 +143,40 @@ def test_context_cut_is_exact(lengths: tuple[int, ...], monkeypatch: pytest.Monk
         assert (got - want).abs().max() <= 2e-6 * max(1.0, float(want.abs().max()))
 
 
+@pytest.mark.parametrize("templates", [["a photo of a {} here"], ["a photo of a {}", "the {} of the"]])
+def test_what_prompts_begin_with_is_computed_once_and_changes_nothing(
+    templates: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = text_clip().double()
+    names = [f"thing {'of a ' * (i % 4)}number {i}" for i in range(17)]
+    tokens = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda x, *rest: (tokens.append(x[..., 0].numel()), linear(x, *rest))[1]
+    )
+    found = []
+    for apart in (False, True):
+        monkeypatch.setattr(DenseCLIP, "_cuts_context", not apart)
+        clip.zero_grad()
+        tokens.clear()
+        features = clip.text_features(names, templates)
+        count = max(tokens)
+        weights = torch.linspace(-1, 1, features.numel(), dtype=torch.float64).view(features.shape)
+        (features * weights).sum().backward()
+        gradients = [p.grad for p in clip.text_parameters().values()]
+        clip.zero_grad()
+        clip.text_backward(names, weights, templates)
+        assert all(
+            torch.allclose(a, p.grad, rtol=1e-11, atol=1e-13)
+            for a, p in zip(gradients, clip.text_parameters().values(), strict=True)
+        )
+        found.append([count, features, *gradients])
+    assert found[0][0] < 0.8 * found[1][0]
+    for once, each in zip(found[0][1:], found[1][1:], strict=True):
+        # float64 in another order of summation; key biases have a gradient of exactly zero, hence the floor
+        assert (once - each).norm() <= 1e-11 * each.norm() + 1e-13
+
+
 def test_wrong_tokens_are_refused() -> None:
     clip = text_clip(vocabulary=60)
     for bad in (torch.zeros(3, dtype=torch.int64), torch.zeros(2, 5)):

@@ -106,6 +106,26 @@ class Attention(nn.Module):
         y = attention(q, k, v, causal=causal)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
+    def forward_prefixed(self, x: Tensor, prefix: int, texts: int) -> Tensor:  # [prefix + texts * n, C] -> the same
+        """Causal attention of texts whose first ``prefix`` tokens are the same, given once, before the texts' own.
+
+        A causal token sees nothing after it, so that the shared tokens' keys and values are the same in every text.
+        """
+        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        biases = self.in_proj_bias.chunk(3)
+        shared, own = [], []
+        for weight, bias in zip(weights, biases, strict=True):
+            y = F.linear(x, weight, bias).unflatten(-1, (self.heads, -1))  # [prefix + texts * n, heads, C / heads]
+            shared.append(y[:prefix].transpose(0, 1)[None])  # [1, heads, prefix, C / heads]
+            own.append(y[prefix:].unflatten(0, (texts, -1)).transpose(1, 2))  # [texts, heads, n, C / heads]
+        n = own[0].shape[2]
+        k, v = (torch.cat([s.expand(texts, -1, -1, -1), o], dim=2) for s, o in zip(shared[1:], own[1:], strict=True))
+        mask = k.new_full((n, n), float("-inf")).triu_(1)
+        mask = F.pad(mask, (prefix, 0))[None, None]  # everything shared lies before
+        first = attention(shared[0], shared[1], shared[2], causal=True).transpose(1, 2).flatten(2).flatten(0, 1)
+        rest = attention(own[0], k, v, mask).transpose(1, 2).flatten(2).flatten(0, 1)
+        return self.out_proj(torch.cat([first, rest]))
+
     def value_path(self, x: Tensor) -> Tensor:  # [B, N, C] -> [B, N, C]
         """``out_proj(v)`` of each token by itself: what attention gives a token that looks only at itself."""
         v = F.linear(x, self.v_proj_weight, self.in_proj_bias.chunk(3)[2])
@@ -137,6 +157,11 @@ class Block(nn.Module):
         x = x + self.ls_1(self.attn(self.ln_1(x), causal))
         return x + self.ls_2(self.mlp(self.ln_2(x)))
 
+    def forward_prefixed(self, x: Tensor, prefix: int, texts: int) -> Tensor:  # [prefix + texts * n, C] -> the same
+        """:meth:`forward`, causal, for texts that begin alike (:meth:`Attention.forward_prefixed`)."""
+        x = x + self.ls_1(self.attn.forward_prefixed(self.ln_1(x), prefix, texts))
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
+
     def forward_value(self, x: Tensor, class_residual: bool) -> Tensor:  # [B, N, C] -> [B, N, C]
         """The block with its attention replaced by the value path.
 
@@ -160,3 +185,11 @@ class Transformer(nn.Module):
         for block in self.resblocks:
             x = block(x, causal)
         return x
+
+    def forward_prefixed(self, x: Tensor, prefix: int) -> Tensor:  # [M, L, C] -> [M, L - prefix, C]
+        """The blocks, causal, on texts whose first ``prefix`` tokens are the same: computed once for all of them."""
+        texts = x.shape[0]
+        x = torch.cat([x[0, :prefix], x[:, prefix:].flatten(0, 1)])
+        for block in self.resblocks:
+            x = block.forward_prefixed(x, prefix, texts)  # type: ignore[operator]
+        return x[prefix:].unflatten(0, (texts, -1))

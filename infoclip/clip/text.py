@@ -25,6 +25,8 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Prompts encoded at once where no gradient is kept: bounds the memory for hundreds of classes x 80 templates.
 _PROMPT_CHUNK = 512
+# From so many classes on, a template's prompts are encoded apart from the others', to share what they begin with.
+_ALIKE = 16
 
 
 class TextCLIP(nn.Module):
@@ -177,7 +179,8 @@ class TextCLIP(nn.Module):
 
         The context is cut after the last token that is read: attention is causal and only the end token's output
         counts, so that what follows the longest prompt cannot matter. Token ids that are still on the CPU are cut
-        there, before they travel to the device, which spares a synchronisation.
+        there, before they travel to the device, which spares a synchronisation; and tokens that all texts begin with
+        (``a photo of a``) pass the blocks once for all of them, for the same reason: causal attention makes them alike.
 
         Args:
             tokens: int64 ids, [M, L], L at most ``context_length``.
@@ -190,12 +193,19 @@ class TextCLIP(nn.Module):
         if tokens.shape[1] > self.context_length:
             raise ValueError(f"expected at most {self.context_length} tokens in a text, given {tokens.shape[1]}")
         ends = self._read_positions(tokens)  # [M]
+        shared = 0
         if self._cuts_context and tokens.shape[0] and not tokens.is_meta:
             tokens = tokens[:, : int(ends.max()) + 1]
+            if tokens.shape[0] > 1 and tokens.device.type == "cpu":
+                alike = (tokens == tokens[0]).all(dim=0).int().cumprod(0).sum()
+                shared = min(int(alike), int(ends.min()))  # the token that is read is a text's own
         device = self.positional_embedding.device
         tokens, ends = tokens.to(device), ends.to(device)
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # [M, L, C]
-        x = self.transformer(x, causal=self.arch.causal)
+        if shared:
+            x, ends = self.transformer.forward_prefixed(x, shared), ends - shared
+        else:
+            x = self.transformer(x, causal=self.arch.causal)
         # Normalising after the choice of the token gives the same values as before it, for one token in place of L.
         x = self.ln_final(x[torch.arange(x.shape[0], device=device), ends])
         if isinstance(self.text_projection, nn.Linear):
@@ -282,12 +292,11 @@ class TextCLIP(nn.Module):
             DataError: no classes, an empty name, or a name that does not fit the context.
         """
         tokens = self.prompt_tokens(class_names, templates)  # [T, P, L]
-        flat = tokens.flatten(0, 1)
-        chunks = flat.split(_PROMPT_CHUNK) if not torch.is_grad_enabled() else (flat,)
-        features = torch.cat([self.encode_text(chunk) for chunk in chunks])
-        return F.normalize(features.float() if features.dtype != torch.float64 else features, dim=-1).unflatten(
-            0, tokens.shape[:2]
-        )
+        by_template = tokens.transpose(0, 1)  # [P, T, L]
+        size = tokens[..., 0].numel() if torch.is_grad_enabled() else _PROMPT_CHUNK
+        features = torch.cat([self.encode_text(part) for part in self._parts(by_template, size)])
+        features = features.unflatten(0, by_template.shape[:2]).transpose(0, 1)
+        return F.normalize(features.float() if features.dtype != torch.float64 else features, dim=-1)
 
     def text_backward(
         self,
@@ -304,11 +313,18 @@ class TextCLIP(nn.Module):
         Raises:
             DataError: as :meth:`text_features`.
         """
-        tokens = self.prompt_tokens(class_names, templates).flatten(0, 1)
-        for part, grad in zip(tokens.split(chunk), gradient.flatten(0, 1).split(chunk), strict=True):
+        tokens = self.prompt_tokens(class_names, templates).transpose(0, 1)  # [P, T, L]
+        parts = zip(self._parts(tokens, chunk), self._parts(gradient.transpose(0, 1), chunk), strict=True)
+        for part, grad in parts:
             features = self.encode_text(part)
             features = F.normalize(features.float() if features.dtype != torch.float64 else features, dim=-1)
             torch.autograd.backward(features, grad)
+
+    @staticmethod
+    def _parts(x: Tensor, size: int) -> list[Tensor]:  # [P, T, c] -> each [at most size, c]
+        """In the order of templates, one template's texts at a time where they are many: they begin alike."""
+        groups = x.unbind(0) if x.shape[1] >= _ALIKE else (x.flatten(0, 1),)
+        return [part for group in groups for part in group.split(size)]
 
     def prompt_tokens(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> Tensor:
         """Token ids [T, P, context_length] of every class in every template; kept for the last few class lists.

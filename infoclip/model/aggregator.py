@@ -9,8 +9,7 @@ channels, ``G`` projected guidance channels.
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -22,11 +21,9 @@ from infoclip.kernels.cost_volume import cost_volume
 from infoclip.model.attention import ClassAttention, SwinBlock
 from infoclip.model.decoder import UpBlock
 from infoclip.model.memory import MODES, check_memory, class_chunk, region
+from infoclip.model.stages import DecoderWeights, compute_dtype, decoder, spatial_block
 
 __all__ = ["DROPPED_LOGIT", "Aggregator", "AggregatorLayer", "ClassAggregation", "SpatialAggregation"]
-
-_Region = Callable[..., Tensor]
-_Shared = tuple[Tensor | None, Tensor | None]
 
 DROPPED_LOGIT = -100.0
 """Logit of a class that the cut to the most similar ``pad_len`` classes left out."""
@@ -341,81 +338,46 @@ class Aggregator(nn.Module):
         pooling: tuple[int, int],
     ) -> Tensor:  # [B, T, 4H, 4W]
         """Embedding, layers and decoder with what the classes share computed first and the rest in regions."""
-        b, _, t, h, w = cost.shape
+        t, h, w = cost.shape[2:]
         chunk = class_chunk(self.memory, self.class_chunk, t, cost.device)
-        run = functools.partial(region, self.memory)
+        dtype = compute_dtype(cost)
         maps: list[Tensor] = list(cost.transpose(1, 2).split(chunk, dim=1))  # [B, chunk, P, H, W]
-        ph, pw = (h - pooling[0]) // pooling[0] + 1, (w - pooling[1]) // pooling[1] + 1
-        added: list[Tensor | None] = [None] * len(maps)  # [B, chunk, ph * pw, C], of class aggregation
-
-        def up_added(x: Tensor, y: Tensor | None) -> Tensor:  # [B, t, H, W, C]
-            if y is None:
-                return x
-            wide = y.flatten(0, 1).unflatten(1, (ph, pw)).permute(0, 3, 1, 2)
-            wide = F.interpolate(wide, size=(h, w), mode="bilinear", align_corners=True)
-            return x + wide.permute(0, 2, 3, 1).view(x.shape)
-
-        def pool(x: Tensor) -> Tensor:  # [B, t, H, W, C] -> [B, t, ph * pw, C]
-            y = F.avg_pool2d(x.flatten(0, 1).permute(0, 3, 1, 2), pooling)
-            return y.permute(0, 2, 3, 1).reshape(*x.shape[:2], ph * pw, -1)
-
-        for i, each in enumerate(self.layers):
+        maps = [self.embed(x.transpose(1, 2)).permute(0, 2, 3, 4, 1) for x in maps]  # [B, chunk, H, W, C]
+        (kh, kw), ph, pw = pooling, h // pooling[0], w // pooling[1]
+        for each in self.layers:
             layer = cast(AggregatorLayer, each)
             spatial, classes = layer.swin_block, layer.attention
             g = appearance
             if g is not None and spatial.guidance_norm is not None:
                 g = spatial.guidance_norm(g.permute(0, 2, 3, 1))
-            blocks = [spatial.block_1, spatial.block_2]
-            shared = [block.hoist(g) for block in blocks]
-
-            def enter(x: Tensor, y: Tensor | None, first: bool = i == 0) -> Tensor:
-                if not first:
-                    return up_added(x, y)
-                return self.embed(x.transpose(1, 2)).permute(0, 2, 3, 4, 1).contiguous()
-
-            # The backward pass calls these again, after the loop: what differs from layer to layer is bound here.
-            def first_block(
-                x: Tensor,
-                y: Tensor | None,
-                enter: _Region = enter,
-                block: SwinBlock = blocks[0],
-                shared: _Shared = shared[0],
-            ) -> Tensor:
-                return block.forward_fast(enter(x, y), *shared)
-
-            def second_block(x: Tensor, block: SwinBlock = blocks[1], shared: _Shared = shared[1]) -> Tensor:
-                return block.forward_fast(x, *shared)
-
-            def both(x: Tensor, y: Tensor | None, one: _Region = first_block, two: _Region = second_block) -> Tensor:
-                return two(one(x, y))
-
+            blocks = [block.hoist(g, h, w, dtype) for block in (spatial.block_1, spatial.block_2)]
             pooled = []
             for j, x in enumerate(maps):
-                if self.memory == "fast":
-                    maps[j] = run(second_block, run(first_block, x, added[j]))
-                else:
-                    # the embedding's convolution is cheap and its map as large as any: not kept
-                    maps[j] = region("attention" if self.memory == "balanced" else "lean", both, x, added[j])
-                pooled.append(pool(maps[j]))  # outside the region, which would have to compute its result again for it
+                for block in blocks:
+                    x = spatial_block(block, self.memory, x)
+                maps[j] = x
+                # As a mean over views, which keeps nothing for the backward pass; a remainder of a side is dropped.
+                cells = x[:, :, : ph * kh, : pw * kw].unflatten(3, (pw, kw)).unflatten(2, (ph, kh))
+                pooled.append(cells.mean(dim=(3, 5)).flatten(2, 3))
             y = torch.cat(pooled, dim=1).transpose(1, 2)  # [B, ph * pw, T, C]
             del pooled
             q, k = classes.hoist(text)
             pixels = max(1, -(-ph * pw * chunk // t))  # the same share of the pixels
-            parts = [run(classes.forward_fast, part, q, k) for part in y.split(pixels, dim=1)]
-            added = list(torch.cat(parts, dim=1).transpose(1, 2).split(chunk, dim=1))
+            parts = [region(self.memory, classes.forward_fast, part, q, k) for part in y.split(pixels, dim=1)]
+            added = torch.cat(parts, dim=1).transpose(1, 2).split(chunk, dim=1)  # [B, chunk, ph * pw, C]
+            for j, (x, z) in enumerate(zip(maps, added, strict=True)):
+                wide = z.flatten(0, 1).unflatten(1, (ph, pw)).permute(0, 3, 1, 2)
+                wide = F.interpolate(wide, size=(h, w), mode="bilinear", align_corners=True)
+                maps[j] = x + wide.permute(0, 2, 3, 1).view(x.shape)
 
         projected = self._decoder_guidance(guidance)
-        one, two = self.decoder1.fold(projected[0], h, w), self.decoder2.fold(projected[1], 2 * h, 2 * w)
-
-        def decode(x: Tensor, y: Tensor | None) -> Tensor:  # [B, t, H, W, C] -> [B, t, 4H, 4W]
-            z = up_added(x, y).flatten(0, 1).permute(0, 3, 1, 2)
-            z = self.decoder2.forward_fast(self.decoder1.forward_fast(z, *one), *two)
-            return F.conv2d(z, self.head.weight, padding=1)[:, 0].unflatten(0, (b, -1))
-
-        if not self.layers:
-            maps = [self.embed(x.transpose(1, 2)).permute(0, 2, 3, 4, 1) for x in maps]
+        up = (self.decoder1, self.decoder2)
+        folds = [block.fold(g, s * h, s * w) for block, g, s in zip(up, projected, (1, 2), strict=True)]
+        parameters = [p for block, fold in zip(up, folds, strict=True) for p in (*fold, *block.norms_and_kernel())]
+        groups = (self.config.decoder_dims[0] // 16, self.config.decoder_dims[1] // 16)
+        weights = DecoderWeights.of([*parameters, self.head.weight], dtype, groups=groups, eps=(*up[0].eps, *up[1].eps))
         assert self.head.bias is not None
-        return torch.cat([run(decode, x, y) for x, y in zip(maps, added, strict=True)], dim=1) + self.head.bias
+        return torch.cat([decoder(weights, self.memory, x) for x in maps], dim=1) + self.head.bias
 
     def _check(self, image_feats: Tensor, text_feats: Tensor, guidance: Sequence[Tensor]) -> None:
         if image_feats.dim() != 4:

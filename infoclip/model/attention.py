@@ -1,8 +1,8 @@
 """Attention of the cost aggregation: shifted windows over space, and classes at one pixel.
 
 Both see image or text guidance in queries and keys only (CAT-Seg, section 3.2). ``forward`` is the plain form that
-specifies the result: guidance is repeated and concatenated, attention probabilities are materialised; ``forward_fast``
-gives the same with less (:mod:`infoclip.model.fast`).
+specifies the result: guidance is repeated and concatenated, attention probabilities are materialised; the fast form
+(:mod:`infoclip.model.fast`) gives the same with less.
 
 Sizes: ``B`` images, ``T`` classes, ``H x W`` grid, ``C`` hidden channels, ``G`` guidance channels, ``h`` heads.
 """
@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infoclip.model.fast import guidance_product, guided_linear, window_attention
+from infoclip.model.fast import guidance_product, guided_linear
+from infoclip.model.stages import SpatialWeights, windows_of
 
 __all__ = ["ClassAttention", "SwinBlock", "WindowAttention", "window_and_shift", "window_mask"]
 
@@ -148,50 +149,40 @@ class SwinBlock(nn.Module):
         mask = window_mask(height, width, *window_and_shift(height, width, self.window, self.shift))
         return None if mask is None else mask.to(device)
 
-    def _to_windows(self, y: Tensor) -> Tensor:  # [B, T, H, W, C] -> [windows, B, T, L, C]
-        b, t, height, width, dim = y.shape
-        window, shift = window_and_shift(height, width, self.window, self.shift)
-        y = F.pad(y, (0, 0, 0, -width % window, 0, -height % window))
-        if shift > 0:
-            y = y.roll((-shift, -shift), (2, 3))
-        y = y.view(b, t, y.shape[2] // window, window, y.shape[3] // window, window, dim)
-        return y.permute(2, 4, 0, 1, 3, 5, 6).reshape(-1, b, t, window * window, dim)
-
-    def _from_windows(self, y: Tensor, height: int, width: int) -> Tensor:  # the way back
-        _, b, t, _, dim = y.shape
-        window, shift = window_and_shift(height, width, self.window, self.shift)
-        rows, columns = -(-height // window), -(-width // window)
-        y = y.view(rows, columns, b, t, window, window, dim).permute(2, 3, 0, 4, 1, 5, 6)
-        y = y.reshape(b, t, rows * window, columns * window, dim)
-        if shift > 0:
-            y = y.roll((shift, shift), (2, 3))
-        return y[:, :, :height, :width]
-
     def hoist(
         self,
         guidance: Tensor | None,  # [B, H, W, G]
-    ) -> tuple[Tensor | None, Tensor | None]:  # each [windows, B, 1, L, C]
-        """The guidance's share of queries and keys, once an image."""
-        if guidance is None:
-            return None, None
-        g = self._to_windows(guidance[:, None])
-        return guidance_product(self.attn.q, g), guidance_product(self.attn.k, g)
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+    ) -> SpatialWeights:
+        """What the fast form reads beside the maps, once an image: :func:`infoclip.model.stages.spatial_block`.
 
-    def forward_fast(
-        self,
-        x: Tensor,  # [B, T, H, W, C]
-        shared_q: Tensor | None,  # of hoist
-        shared_k: Tensor | None,
-    ) -> Tensor:  # [B, T, H, W, C]
-        """The same, with the guidance's products once an image and without stored probabilities."""
-        height, width = x.shape[2:4]
-        y = self._to_windows(self.norm1(x))
-        q, k = guided_linear(self.attn.q, y, shared_q), guided_linear(self.attn.k, y, shared_k)
-        q, k, v = (z.flatten(1, 2) for z in (q, k, self.attn.v(y)))
-        mask = self.mask_for(height, width, x.device)
-        y = self.attn.proj(window_attention(q, k, v, self.attn.num_heads, mask)).view(y.shape)
-        x = x + self._from_windows(y, height, width)
-        return x + self.mlp(self.norm2(x))
+        Args:
+            dtype: of the computation.
+        """
+        attn, dim = self.attn, self.attn.dim
+        device = attn.q.weight.device
+        windows = windows_of(height, width, *window_and_shift(height, width, self.window, self.shift), device)
+        layers = (attn.q, attn.k, attn.v)
+        qkv = torch.cat([layer.weight[:, :dim] for layer in layers])
+        if guidance is None:
+            bias = torch.cat([layer.bias for layer in layers])
+            shared = bias[None, None].expand(1, len(windows.index), -1)
+        else:
+            g = windows.split(guidance.flatten(1, 2))  # [B, windows * L, G]
+            share = [guidance_product(layer, g) for layer in layers[:2]]
+            shared = torch.cat([*share, attn.v.bias.to(share[0].dtype).expand_as(share[0])], dim=-1)
+        norms = (self.norm1.weight, self.norm1.bias), (self.norm2.weight, self.norm2.bias)
+        first, second = self.mlp.fc1, self.mlp.fc2
+        parameters = (
+            qkv, shared[:, None].to(qkv.dtype), *norms[0], attn.proj.weight, attn.proj.bias, *norms[1],
+            first.weight, first.bias, second.weight, second.bias,
+        )  # fmt: skip
+        mask = self.mask_for(height, width, device)
+        return SpatialWeights.of(
+            parameters, dtype, windows=windows, mask=mask, heads=attn.num_heads, eps=(self.norm1.eps, self.norm2.eps)
+        )
 
     def forward(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from infoclip.model.fast import fold_up, up_convolution
+from infoclip.model.fast import fold_up
 
 __all__ = ["DoubleConv", "UpBlock"]
 
@@ -63,19 +63,17 @@ class UpBlock(nn.Module):
         height: int,
         width: int,
     ) -> tuple[Tensor, Tensor]:
-        """What ``forward_fast`` needs beside the map, the same for every class: :func:`infoclip.model.fast.fold_up`."""
+        """What the fast form needs beside the map, the same for every class: :func:`infoclip.model.fast.fold_up`."""
         first = self.conv.double_conv[0]
         assert isinstance(first, nn.Conv2d)
         return fold_up(self.up, first, guidance, height, width)
 
-    def forward_fast(
-        self,
-        x: Tensor,  # [B * T, in, H, W]
-        folded: Tensor,
-        shared: Tensor,
-    ) -> Tensor:  # [B * T, out, 2H, 2W]
-        """The same, with the up-sampling folded into the next convolution and the guidance's share once an image."""
-        x = up_convolution(x, folded, shared)
-        for layer in list(self.conv.double_conv)[1:]:
-            x = layer(x)
-        return x
+    def norms_and_kernel(self) -> tuple[Tensor, ...]:
+        """First norm's weight and bias, second convolution's kernel, second norm's weight and bias."""
+        layers = self.conv.double_conv
+        found = (layers[1].weight, layers[1].bias, layers[3].weight, layers[4].weight, layers[4].bias)
+        return found  # type: ignore[return-value]
+
+    @property
+    def eps(self) -> tuple[float, float]:
+        return self.conv.double_conv[1].eps, self.conv.double_conv[4].eps  # type: ignore[return-value]

@@ -1,8 +1,9 @@
 """What the cost aggregation keeps for the backward pass: three modes, the same values and gradients.
 
 Classes are independent in spatial attention and in the decoder, pixels in class attention. A region is a stretch of
-the computation for some of them; it keeps its inputs, and of what it computes only what the mode names. The backward
-pass computes the rest again, region by region.
+the computation for some of them (a block of spatial attention, the decoder, class attention); it keeps its inputs, and
+of what it computes only what the mode names. The backward pass computes the rest again, region by region: written out
+in :mod:`infoclip.model.stages`, by torch's checkpointing (:func:`region`) elsewhere.
 
 ============  ==================================================  ==================================================
 mode          kept beside the inputs of the regions               computed again
