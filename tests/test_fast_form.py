@@ -125,7 +125,7 @@ def test_second_backward_of_a_graph(mode: str) -> None:
     loss = model(guidance[0], torch.randn(5, 2, 12), guidance).square().mean()
     wanted = list(model.parameters())
     first = torch.autograd.grad(loss, wanted, retain_graph=True)
-    if mode in ("fast", "balanced"):
+    if mode == "fast":  # class attention's products are given up on the way
         with pytest.raises(RuntimeError, match="backward"):
             torch.autograd.grad(loss, wanted)
     else:
