@@ -94,7 +94,7 @@ SYSTEMS = {
     "infoclip": System(_METHODS, "infoclip"),
     "maftplus": System(
         (
-            Method("fcclip", "FC-CLIP (frozen CLIP)", "fcclip-scenes", cost=1.4),
+            Method("fcclip", "FC-CLIP, frozen", "fcclip-scenes", cost=1.4),
             Method("finetune", "Fine-tuned, naive", "fcclip-scenes-finetune", cost=1.8),
             Method("maftplus", "MAFT+", "maftplus-scenes", cost=2.0),
             _INFOCLIP,
@@ -488,6 +488,7 @@ def _std(values: Sequence[float]) -> float:
 
 
 def _terminal_table(results: Mapping[str, Any]) -> Any:
+    from rich import box
     from rich.table import Table
 
     from infoclip.report.demo_page import measures, table_header, table_rows
@@ -499,11 +500,17 @@ def _terminal_table(results: Mapping[str, Any]) -> Any:
         f"({results['split']} split), "
         + (f"mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"),
         title_justify="left",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
     )
-    for i, name in enumerate(table_header(results)):
+    # With PQ, 80 columns have no room for time and memory, which are in the report.
+    shown = 7 if "PQ" in measures(results) else None
+    for i, name in enumerate(table_header(results)[:shown]):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for name, cells in table_rows(results):
-        table.add_row(name, *(f"[bold]{value}[/bold]" if best else value for value, best in cells))
+        marked = [f"[bold]{value}[/bold]" if best else value for value, best in cells]
+        table.add_row(name, *marked[: None if shown is None else shown - 1])
     return table
 
 
