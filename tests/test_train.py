@@ -18,7 +18,7 @@ from training_data import CLASSES, INFOCLIP, tiny_config, weights, write_folders
 from infoclip.config import AlignConfig, Config, apply_overrides, load_config
 from infoclip.engine import checkpoint as ckpt
 from infoclip.engine.distributed import Ranks
-from infoclip.engine.log import RunLog, read_log
+from infoclip.engine.log import ProgressLine, RunLog, read_log
 from infoclip.engine.train import choose_classes, train
 from infoclip.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, StorageError
 
@@ -52,6 +52,14 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
 
 # What a run leaves
+
+
+def test_progress_line_shows_the_time_waited_for_data(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with ProgressLine("run", 0, 2, True) as bar:
+        bar.note(0.5, 12.0, 0.25)
+        bar.advance()
+    assert "loss 0.5000  12.0 images/s  data 25%" in capsys.readouterr().err
 
 
 def test_a_run_leaves_everything_that_a_result_needs(data: Path, tmp_path: Path) -> None:

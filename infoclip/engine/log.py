@@ -95,7 +95,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 class ProgressLine:
-    """A bar with step, loss, images/s and the time to go; silent when ``shown`` is false."""
+    """A bar with step, loss, images/s, the time waited for data and the time to go; silent when ``shown`` is false."""
 
     def __init__(self, title: str, start: int, total: int, shown: bool) -> None:
         self._progress: Any = None
@@ -119,9 +119,11 @@ class ProgressLine:
         if self._progress is not None:
             self._progress.advance(self._task)
 
-    def note(self, loss: float, images_per_second: float) -> None:
+    def note(self, loss: float, images_per_second: float, waited: float) -> None:
+        """Show a logging step: its loss, its rate, and the share of its time that was spent waiting for data."""
         if self._progress is not None:
-            self._progress.update(self._task, note=f"loss {loss:.4f}  {images_per_second:.1f} images/s")
+            text = f"loss {loss:.4f}  {images_per_second:.1f} images/s  data {waited:.0%}"
+            self._progress.update(self._task, note=text)
 
 
 def _dump(values: Mapping[str, Any]) -> str:

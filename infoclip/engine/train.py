@@ -313,8 +313,8 @@ class _Run:
                 bar.advance()
                 save = last or self.step % config.train.checkpoint_every == 0
                 if last or self.step % config.train.log_every == 0:
-                    rate = self._log(images, begin)
-                    bar.note(self.losses["loss"], rate)
+                    rate, waited = self._log(images, begin)
+                    bar.note(self.losses["loss"], rate, waited)
                 if picture is not None and self.log is not None:
                     self.log.image("train/image-truth-prediction", picture(), self.step)
                 if save:
@@ -656,15 +656,16 @@ class _Run:
 
     # Logs and checkpoints
 
-    def _log(self, images: int, begin: float) -> float:
-        """Write the means since the last line; returns images a second."""
+    def _log(self, images: int, begin: float) -> tuple[float, float]:
+        """Write the means since the last line; returns images a second, and the share of the time waited for data."""
         self._check()
         peak = max(self.ranks.gather(peak_memory_mib(self.device.type)))
         means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
         norms = {name: float(value) for name, value in self.norms.items()}
         now = time.perf_counter()
         steps = max(1, self.step - self.window_step)
-        rate = steps * images / max(now - self.window_begin, 1e-9)
+        passed = max(now - self.window_begin, 1e-9)
+        rate, waited = steps * images / passed, min(1.0, self.data_wait / passed)
         self.losses = means
         rest = dict(means)
         values = {
@@ -682,7 +683,7 @@ class _Run:
             self.log.write(values)
         self.sums, self.counts = {}, {}
         self.window_begin, self.window_step, self.data_wait = now, self.step, 0.0
-        return rate
+        return rate, waited
 
     def _save(self) -> None:
         self._check()
