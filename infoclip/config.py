@@ -197,6 +197,9 @@ class DataConfig:
     """Scenes only: seed of the generated images (apart from ``train.seed``)."""
     resize: int = 384
     """Shortest side after resizing; 0 keeps the size."""
+    min_sizes: tuple[int, ...] = ()
+    """In place of ``resize``: shortest sides of which each image draws one (detectron2's MIN_SIZE_TRAIN, sampled by
+    ``choice``; the published trainings name one size)."""
     resize_max: int = 1333
     crop: int = 384
     """Side of the random crop; 0 for none."""
@@ -374,7 +377,10 @@ class Config:
         )
         _require(self.data.workers >= 0, "data.workers", self.data.workers, "0 or more")
         _require(self.optim.lr > 0, "optim.lr", self.optim.lr, "greater than 0")
-        scales = self.data.scales
+        sizes, scales = self.data.min_sizes, self.data.scales
+        _require(
+            not sizes or (min(sizes) > 0 and not scales), "data.min_sizes", sizes, "sizes above 0, without data.scales"
+        )
         _require(
             not scales or (len(scales) == 2 and 0 < scales[0] <= scales[1] and self.data.crop > 0),
             "data.scales",

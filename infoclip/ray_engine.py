@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import platform
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -79,7 +80,13 @@ def predict_all(
         )
         done = rows.map_batches(
             _Worker,
-            fn_constructor_args=(str(model_path), list(classes), str(out), "cuda" if on_gpu else "cpu"),
+            fn_constructor_args=(
+                str(model_path),
+                list(classes),
+                str(out),
+                "cuda" if on_gpu else "cpu",
+                str(Path.cwd()),
+            ),
             batch_size=_BATCH,
             compute=ray.data.ActorPoolStrategy(size=count),
             **shares,
@@ -113,19 +120,28 @@ def _hidden_stderr() -> Iterator[None]:
 class _Worker:
     """A process of the cluster with the model in it."""
 
-    def __init__(self, model_path: str, classes: list[str], out: str, device: str) -> None:
+    def __init__(self, model_path: str, classes: list[str], out: str, device: str, folder: str) -> None:
         import torch
 
         from infoclip.api import load
 
         self.classes, self.out = classes, Path(out)
+        # Relative paths are those of the caller; a cluster's workers start where the cluster did.
+        with contextlib.suppress(OSError):
+            os.chdir(folder)
         threads = os.environ.get("OMP_NUM_THREADS", "")  # Ray says with it how many CPUs this worker may use
         if threads.isdigit() and int(threads):
             torch.set_num_threads(int(threads))
-        self.model = load(model_path, device)
+        self.fault: InfoclipError | None = None
+        try:
+            self.model = load(model_path, device)
+        except InfoclipError as error:  # raised in here, it would make Ray start another worker, again and again
+            self.fault = InfoclipError(f"A worker of the Ray cluster, on {platform.node()}: {error}")
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         made: list[Any] = []
+        if self.fault is not None:
+            return {"result": [self.fault] * len(batch["step"])}
         for step in batch["step"]:
             try:
                 made.append(predict_one(self.model, self.classes, self.out, tuple(json.loads(step))))

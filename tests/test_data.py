@@ -11,12 +11,12 @@ from PIL import Image
 from torchvision import tv_tensors
 from training_data import CLASSES, write_folders
 
-from infoclip.config import DataConfig
+from infoclip.config import Config, DataConfig, apply_overrides
 from infoclip.data.classes import class_list_names, load_classes, load_label_map
 from infoclip.data.files import read_image, read_mask
 from infoclip.data.folders import FolderDataset
 from infoclip.data.transforms import PadTo, RandomCropUpTo, ResizeShortestEdge, SSDColor, seeded, training_transform
-from infoclip.errors import DataError
+from infoclip.errors import ConfigError, DataError
 
 
 @pytest.fixture
@@ -277,6 +277,25 @@ def test_resize_shortest_edge(height: int, width: int, expected: tuple[int, int]
     assert isinstance(small, tv_tensors.Image)
     assert isinstance(labels, tv_tensors.Mask)
     assert labels.dtype == torch.int64
+
+
+def test_sizes_are_drawn_evenly_by_the_seed(tmp_path: Path) -> None:
+    image, mask = positions(100, 200)
+    transform = training_transform(DataConfig(min_sizes=(32, 48, 64), crop=0, flip=False, color_jitter=False))
+    seen = []
+    for seed in range(300):
+        sample = seeded(transform, seed, {"image": image, "mask": mask, "file": "x"})
+        assert sample["image"].shape[-2:] == sample["mask"].shape[-2:]
+        again = seeded(transform, seed, {"image": image, "mask": mask, "file": "x"})
+        assert torch.equal(sample["image"], again["image"])
+        seen.append(tuple(sample["mask"].shape))
+    counts = [seen.count(size) for size in ((32, 64), (48, 96), (64, 128))]
+    assert sum(counts) == 300
+    assert min(counts) > 60  # 100 each on average, five standard deviations are 41
+    with pytest.raises(ConfigError, match=r"data\.min_sizes"):
+        apply_overrides(Config(), ["data.min_sizes=0,384"])
+    with pytest.raises(ConfigError, match=r"without data\.scales"):
+        apply_overrides(Config(), ["data.min_sizes=384,512", "data.scales=0.1,2"])
 
 
 def test_resized_masks_are_not_shifted() -> None:

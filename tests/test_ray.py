@@ -18,7 +18,7 @@ from small_models import save_small_model
 from typer.testing import CliRunner
 
 from infoclip.cli import app
-from infoclip.errors import ConfigError
+from infoclip.errors import ConfigError, InfoclipError
 from infoclip.predict import predict
 
 CLASSES = ["red circle", "blue sky"]
@@ -98,3 +98,20 @@ def test_what_ray_cannot_do(model: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert answer.exit_code == 2
     assert "infoclip[ray]" in answer.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_takes_the_callers_relative_paths_and_tells_a_fault(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from infoclip.ray_engine import _Worker
+
+    write_pictures(tmp_path / "in", 1)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # where a cluster's workers start is the cluster's choice
+    step = json.dumps(["in/000.png", "000", {"task": "semantic"}])
+    (made,) = _Worker("model", CLASSES, "out", "cpu", str(tmp_path))({"step": [step]})["result"]
+    assert made.labels == Path("out/000.labels.png")
+    assert (tmp_path / "out/000.json").is_file()
+    faults = _Worker("absent", CLASSES, "out", "cpu", str(tmp_path))({"step": [step, step]})["result"]
+    assert [type(fault) for fault in faults] == [InfoclipError] * 2
+    assert "absent" in str(faults[0])

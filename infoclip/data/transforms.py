@@ -7,7 +7,7 @@ distortion, horizontal flip, then padding to the crop with grey 128 and label 25
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,16 +28,19 @@ PAD_VALUE = 128
 class ResizeShortestEdge(v2.Transform):
     """Shortest side to ``size`` pixels, keeping the shape, longest side at most ``max_size`` (0: no limit).
 
-    Images bilinear with antialiasing (as PIL's), masks by the nearest pixel centre.
+    Images bilinear with antialiasing (as PIL's), masks by the nearest pixel centre. Of several sizes each call draws
+    one, all as likely (detectron2's ``ResizeShortestEdge`` with the sample style ``choice``).
     """
 
-    def __init__(self, size: int, max_size: int = 0) -> None:
+    def __init__(self, size: int | Sequence[int], max_size: int = 0) -> None:
         super().__init__()
-        self.size, self.max_size = size, max_size
+        self.sizes, self.max_size = (size,) if isinstance(size, int) else tuple(size), max_size
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = tvf.get_size(flat_inputs[0])
-        scale = self.size / min(height, width)
+        # One size draws nothing, so that what follows draws the same numbers as ever.
+        index = int(torch.randint(len(self.sizes), ())) if len(self.sizes) > 1 else 0
+        scale = self.sizes[index] / min(height, width)
         if self.max_size and scale * max(height, width) > self.max_size:
             scale = self.max_size / max(height, width)
         return {"size": [max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))]}
@@ -166,8 +169,8 @@ def training_transform(config: DataConfig) -> v2.Transform:
     steps: list[v2.Transform] = []
     if config.scales:
         steps.append(ResizeScale(config.crop, (config.scales[0], config.scales[1])))
-    elif config.resize:
-        steps.append(ResizeShortestEdge(config.resize, config.resize_max))
+    elif config.min_sizes or config.resize:
+        steps.append(ResizeShortestEdge(config.min_sizes or config.resize, config.resize_max))
     if config.crop:
         steps.append(RandomCropUpTo(config.crop, config.crop_max_share, config.ignore_index))
     if config.color_jitter:
