@@ -270,7 +270,8 @@ def roofline(found: Results, device: str) -> Figure | None:
     dtypes = [d for d in harness.DTYPES if any(row["dtype"] == d for row in told)]
     if not runs or not dtypes:
         return None
-    ops = list(dict.fromkeys(row["op"] for row in found.rows))
+    ops = list(dict.fromkeys(row["op"] for row in told))
+    colors = [*SERIES_COLORS[1:], "#7b4fb3", "#8c564b"]  # one an op
     figure, axes = _panels(len(dtypes), 3.9)
     for axis, dtype in zip(axes, dtypes, strict=True):
         copy = max(run.rates.get((device, "copy"), 0.0) for run in runs)
@@ -288,7 +289,7 @@ def roofline(found: Results, device: str) -> Figure | None:
             xytext=(14, 2), textcoords="offset points",
         )  # fmt: skip
         for r in shown:
-            color = SERIES_COLORS[1:][ops.index(r["op"]) % (len(SERIES_COLORS) - 1)]
+            color = colors[ops.index(r["op"]) % len(colors)]
             filled = r["backend"] != "reference"
             axis.plot(
                 r["flop"] / r["bytes"], r["flop"] / r["q50"] / 1e6, MARKERS[r["backend"]], color=color, markersize=8,
@@ -301,8 +302,7 @@ def roofline(found: Results, device: str) -> Figure | None:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], marker="s", linestyle="", color=SERIES_COLORS[1:][i % (len(SERIES_COLORS) - 1)], label=op)
-        for i, op in enumerate(ops)
+        Line2D([], [], marker="s", linestyle="", color=colors[i % len(colors)], label=op) for i, op in enumerate(ops)
     ]
     backends = [b for b in MARKERS if any(r["backend"] == b and r["device"] == device for r in found.rows)]
     handles += [
@@ -360,7 +360,7 @@ def over_n(found: Results, device: str, value: str, label: str, scale: float) ->
         [handles[name] for name in labels],
         labels,
         loc="outside lower center",
-        ncols=5,
+        ncols=min(5, 3 * len(axes) // 2),
         frameon=False,
         fontsize=8.5,
         handlelength=3.2,
