@@ -25,7 +25,7 @@ from infoclip.evaluate.metrics import PairCounts, Scores, SegmentationMetrics, h
 from infoclip.evaluate.panoptic import PanopticCounts, PanopticMetrics, PanopticScores
 from infoclip.evaluate.records import ImageRecord, Records
 from infoclip.evaluate.run import Throughput, count_images, model_digest, percent, without_nan
-from infoclip.evaluate.workers import Workers, joined, run_in_processes
+from infoclip.workers import Workers, joined, run_in_processes
 
 if TYPE_CHECKING:
     from rich.table import Table
