@@ -5,6 +5,7 @@
     python -m bench aot       every GPU kernel compiled without a GPU             (bench/aot.py)
     python -m bench bounds    what the aggregation computes and keeps, counted    (bench/bounds.py)
     python -m bench plan      a training step's memory beside its budget          (bench/plan.py)
+    python -m bench inference a picture: ours against the plain form, memory      (bench/inference.py)
     python -m bench step      a whole training step, against the plain form       (bench/step.py)
 
 A suite is a file ``bench/suite_<op>.py``; ``all`` runs every one on pytest-benchmark. The op's tests must pass and a
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-COMMANDS = ("report", "errors", "aot", "bounds", "plan", "step")
+COMMANDS = ("report", "errors", "aot", "bounds", "plan", "inference", "step")
 """Modules of this folder with a ``main``."""
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infoclip.budget import format_bytes, parse_budget
+from infoclip.budget import format_bytes
 
 __all__ = ["CASES", "Case", "main", "run_case"]
 
@@ -32,12 +32,18 @@ class Case:
 CASES = (
     Case(20, 2, "1600MiB"),
     Case(20, 2, "3GiB"),
+    Case(20, 2, "auto"),
     Case(171, 2, "1700MiB"),
     Case(171, 2, "3GiB"),
-    Case(171, 2, "8GiB"),
+    Case(171, 2, "auto"),
     Case(847, 1, "1800MiB"),
     Case(847, 1, "3GiB"),
+    Case(847, 1, "auto"),
 )
+SECONDS = {20: 35, 171: 75, 847: 75}
+"""About what a case takes on two cores, its process and its plan included."""
+LIMIT = 600
+"""Seconds after which a case is stopped and counts as broken."""
 
 
 def run_case(case: Case, overrides: list[str], steps: int = 1) -> dict[str, Any]:
@@ -79,6 +85,7 @@ def run_case(case: Case, overrides: list[str], steps: int = 1) -> dict[str, Any]
     plan = events[0]
     return {
         "settings": plan["settings"],
+        "budget": plan["budget"],
         "counted": plan["total"],
         "parts": plan["footprint"],
         "measured": int(peak_memory_mib("cpu") * 2**20) - before,
@@ -89,7 +96,10 @@ def run_case(case: Case, overrides: list[str], steps: int = 1) -> dict[str, Any]
 
 def _in_child(case: Case, overrides: list[str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench.plan", "--case", json.dumps([case.classes, case.batch, case.budget])]
-    done = subprocess.run([*command, *overrides], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run([*command, *overrides], capture_output=True, text=True, check=False, timeout=LIMIT)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"not done after {LIMIT} s") from error
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "the process was killed")
     return json.loads(done.stdout.splitlines()[-1])
@@ -103,6 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings to change in every case")
     parser.add_argument("--classes", type=int, metavar="T", help="only the cases with so many classes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there, beside those it holds")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.case:
@@ -110,13 +121,15 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     from bench.harness import machine
 
+    cases = [case for case in CASES if options.classes in (None, case.classes)]
+    minutes = sum(SECONDS[case.classes] for case in cases) / 60
+    print(f"{len(cases)} cases, about {minutes:.0f} minutes on two cores", file=sys.stderr)
     print(f"{machine()}\n\nViT-B/16, 384 px, float32, one step\n", flush=True)
     print("| classes | batch | budget | mode | classes at once | micro-batch | counted | with allowance | resident |")
     print("|---|---|---|---|---|---|---|---|---|")
     broken = []
-    for case in CASES:
-        if options.classes not in (None, case.classes):
-            continue
+    rows = json.loads(options.json.read_text())["rows"] if options.json and options.json.exists() else []
+    for case in cases:
         try:
             found = _in_child(case, options.overrides)
         except RuntimeError as error:
@@ -129,8 +142,12 @@ def main(argv: list[str] | None = None) -> int:
             f"| {format_bytes(found['measured'])} |",
             flush=True,
         )
-        if found["measured"] > parse_budget(case.budget):
+        rows = [row for row in rows if (row["classes"], row["asked"]) != (case.classes, case.budget)]
+        rows.append({"classes": case.classes, "batch": case.batch, "asked": case.budget, **found})
+        if found["measured"] > found["budget"]:
             broken.append(f"{case.classes} classes: {format_bytes(found['measured'])} of {case.budget}")
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
     print()
     print("\n".join(f"BROKEN {fault}" for fault in broken) or "Every budget is kept.")
     return 1 if broken else 0

@@ -22,12 +22,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from infoclip.budget import budget_bytes, hand_back
 from infoclip.errors import ConfigError, DataError, StorageError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from infoclip.config import Config
+    from infoclip.config import Config, EvalConfig
+    from infoclip.engine.serving import ServingPlan
+    from infoclip.model.inference import Serving
     from infoclip.model.maftplus import MaskSegmentor, Vocabulary
     from infoclip.model.segmentor import Segmentor
     from infoclip.segments import InstanceSegmentation, PanopticSegmentation
@@ -122,10 +125,27 @@ class Model:
         classes: the class names it was trained on.
     """
 
-    def __init__(self, segmentor: Segmentor | MaskSegmentor, config: Config, classes: Sequence[str]) -> None:
+    def __init__(
+        self,
+        segmentor: Segmentor | MaskSegmentor,
+        config: Config,
+        classes: Sequence[str],
+        *,
+        precision: str = "fp32",
+        memory: str = "",
+        share: int = 1,
+    ) -> None:
+        from infoclip.model.inference import half_precision
+        from infoclip.model.maftplus import MaskSegmentor
+
+        half_precision(precision, next(segmentor.parameters()).device)
+        if isinstance(segmentor, MaskSegmentor) and (memory or precision != "fp32"):
+            raise ConfigError("This is a model of mask proposals; --memory and --precision are for cost aggregation.")
         self.segmentor: Any = segmentor.eval()
         self.config = config
         self.classes = list(classes)
+        self.precision, self.memory, self.share = precision, memory, share
+        self._plan: tuple[tuple[int, int, str], ServingPlan] | None = None
         self._text: tuple[tuple[str, ...], Tensor | Vocabulary] | None = None
 
     @property
@@ -191,14 +211,11 @@ class Model:
         names = self.classes if classes is None else classes
         indices = check_task(self.tasks, task, names, things)
         names, text = self.embed(names)
+        if isinstance(text, Tensor):
+            return self.segment_together([image], names)[0]
         pixels = as_pixels(image)
         picture = pixels.permute(1, 2, 0).contiguous().numpy()
         config = self.config.eval
-        if isinstance(text, Tensor):
-            from infoclip.model.inference import predict_labels
-
-            best, labels = predict_labels(self.segmentor, pixels, text, config)
-            return Segmentation(labels.cpu().numpy().astype(np.uint16), best.cpu().numpy(), names, picture)
         from infoclip.model.maftplus.inference import predict_masks
         from infoclip.segments import InstanceSegmentation, PanopticSegmentation
 
@@ -219,6 +236,54 @@ class Model:
             names,
             picture,
         )
+
+    def segment_together(self, images: Sequence[ImageLike], classes: Sequence[str]) -> list[Segmentation]:
+        """:meth:`segment` of several pictures of any sizes, whose views go through the model in the same batches.
+
+        Only for models of cost aggregation.
+
+        Raises:
+            DataError, TypeError, ValueError: as :meth:`segment`; a picture for which the memory budget leaves no room.
+        """
+        names, text = self.embed(classes)
+        assert isinstance(text, Tensor)
+        pixels = [as_pixels(image) for image in images]
+        from infoclip.model.inference import predict_labels_of
+
+        found = predict_labels_of(self.segmentor, pixels, text, self.config.eval, self.serving(names))
+        return [
+            Segmentation(
+                labels.cpu().numpy().astype(np.uint16),
+                best.cpu().numpy(),
+                names,
+                x.permute(1, 2, 0).contiguous().numpy(),
+            )
+            for x, (best, labels) in zip(pixels, found, strict=True)
+        ]
+
+    def plan(self, classes: Sequence[str], config: EvalConfig | None = None) -> ServingPlan | None:
+        """What the memory budget allows for so many and so long classes; None without a budget.
+
+        Raises:
+            ConfigError: nothing fits the budget.
+        """
+        if not self.memory:
+            return None
+        from infoclip.engine.serving import plan_serving
+
+        config = config or self.config.eval
+        key = (len(classes), self.segmentor.clip.prompt_length(classes), repr(config))
+        if self._plan is None or self._plan[0] != key:
+            plan = plan_serving(self.memory, self.segmentor, *key[:2], config, self.precision, self.share)
+            self._plan = (key, plan)
+        return self._plan[1]
+
+    def serving(self, classes: Sequence[str], config: EvalConfig | None = None) -> Serving:
+        """How pictures go through the model: as :meth:`plan` says, or as the settings do."""
+        from infoclip.model.inference import Serving
+
+        plan = self.plan(classes, config)
+        return Serving(precision=self.precision) if plan is None else plan.serving
 
     def proposals(self, task: str, classes: Sequence[str]) -> tuple[MaskSegmentor, Vocabulary]:
         """The network and the embedded class names, for a task that needs mask proposals.
@@ -244,6 +309,8 @@ class Model:
 
         names = checked_classes(classes)
         if self._text is None or self._text[0] != tuple(names):
+            self.plan(names)  # a budget that nothing fits is refused before it is spent
+            self._text = None
             with torch.no_grad():
                 masks = isinstance(self.segmentor, MaskSegmentor)
                 embed = self.segmentor.vocabulary if masks else self.segmentor.clip.text_features
@@ -254,28 +321,37 @@ class Model:
         return f"Model({self.config.name!r}, trained on {len(self.classes)} classes)"
 
 
-def load(path: str | Path, device: str = "auto") -> Model:
+def load(path: str | Path, device: str = "auto", *, precision: str = "fp32", memory: str = "", share: int = 1) -> Model:
     """Load a trained model.
 
     Args:
         path: a run directory, a model directory, or a checkpoint file of the published CAT-Seg, FC-CLIP or MAFT+
             (``model_final.pth``); for one with other sizes than the published models' see :mod:`infoclip.convert`.
         device: ``auto`` (CUDA if there is one), ``cpu`` or ``cuda``.
+        precision: ``fp32``, or matrix products in ``bf16`` or (on a GPU) ``fp16``. This and the next are for models of
+            cost aggregation.
+        memory: a budget such as ``4GiB``, or ``auto``, within which pictures are segmented
+            (:mod:`infoclip.engine.serving`); empty for none.
+        share: processes that share the budget.
 
     Raises:
         CheckpointError: no model there, or one that is incomplete, damaged or of another architecture.
-        ConfigError: an unknown device, or CUDA without a GPU.
+        ConfigError: an unknown device or precision, CUDA without a GPU, or a budget that is no amount.
     """
     place = _device(device)
+    options: dict[str, Any] = {"precision": precision, "memory": memory, "share": share}
+    if memory:
+        budget_bytes(memory, place, "--memory")  # what is no amount is said before anything is read
+        hand_back(place)
     if _is_published(Path(path)):
         from infoclip.convert import read_published
 
         published = read_published(path)
-        return Model(published.segmentor.to(place), published.config, published.classes)
+        return Model(published.segmentor.to(place), published.config, published.classes, **options)
     from infoclip.model.checkpoint import load_model
 
     loaded = load_model(path)
-    return Model(loaded.segmentor.to(place), loaded.config, loaded.classes)
+    return Model(loaded.segmentor.to(place), loaded.config, loaded.classes, **options)
 
 
 def check_path(path: str | Path) -> None:

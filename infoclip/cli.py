@@ -38,6 +38,14 @@ app.add_typer(data_app, name="data")
 convert_app = typer.Typer(no_args_is_help=True, help="Published checkpoints to model folders, and back.")
 app.add_typer(convert_app, name="convert")
 
+_Memory = Annotated[
+    str,
+    typer.Option(
+        help="Most memory, such as 4GiB or auto: it chooses views, classes and pictures at once. Default: any."
+    ),
+]
+_Precision = Annotated[str, typer.Option(help="Of matrix products: fp32, bf16, or fp16 on a GPU.")]
+
 
 def main() -> None:
     """Entry point of the ``infoclip`` command."""
@@ -419,6 +427,8 @@ def evaluate(
         typer.Option(help="Folder for JSON, HTML report and counts by image; a stopped call goes on from them."),
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes that share the images.")] = 1,
+    memory: _Memory = "",
+    precision: _Precision = "fp32",
     per_class: Annotated[bool, typer.Option("--per-class", help="Also a table of all classes.")] = False,
     task: Annotated[
         str,
@@ -437,6 +447,8 @@ def evaluate(
     from infoclip.data.classes import load_classes
 
     if task == "panoptic":
+        if memory or precision != "fp32":
+            raise ConfigError("--memory and --precision are for cost aggregation; --task panoptic is mask proposals'.")
         from infoclip.data.panoptic import open_panoptic
         from infoclip.evaluate.panoptic_run import evaluate_panoptic_folder, evaluate_panoptic_model, is_model
 
@@ -464,6 +476,8 @@ def evaluate(
         "device": device,
         "out": out,
         "processes": processes,
+        "memory": memory,
+        "precision": precision,
         "progress": not quiet,
     }
     if data:
@@ -516,6 +530,8 @@ def predict(
     address: Annotated[
         str | None, typer.Option(help="Ray: a running cluster; default RAY_ADDRESS, else one on this machine.")
     ] = None,
+    memory: _Memory = "",
+    precision: _Precision = "fp32",
 ) -> None:
     """Segment pictures with any classes; writes an overlay, a PNG of labels or segments, and JSON each."""
     names = _class_names(classes, classes_file)
@@ -524,7 +540,7 @@ def predict(
 
     many = len(pictures) > 1 or not pictures[0].is_file()
     done = run(path, pictures, names, out, task=task, things=apart, device=device, progress=many, engine=engine,
-               workers=workers, address=address)  # fmt: skip
+               workers=workers, address=address, memory=memory, precision=precision)  # fmt: skip
     for result in done.results[:20]:
         shares = {name: f"{name} {100 * share:.0f} %" for name, share in list(result.shares.items())[:5]}
         numbers = {name: f"{count} x " for name, count in result.counts.items() if count > 1}
@@ -532,6 +548,8 @@ def predict(
         print(f"{result.image}: {found}\n  {result.overlay}\n  {result.labels}\n  {result.json}")
     if len(done.results) > 20:
         print(f"and {len(done.results) - 20:,} more in {out}")
+    if done.plan is not None:
+        print(done.plan, file=sys.stderr)
     if done.kept:
         print(f"{done.kept:,} were there already: {out}")
     for fault in done.faults:

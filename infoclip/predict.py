@@ -6,7 +6,7 @@ import glob
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,11 @@ from infoclip.errors import ConfigError, DataError
 from infoclip.progress import tracked
 
 if TYPE_CHECKING:
-    from infoclip.api import Model
+    from infoclip.api import ImageLike, Model
+    from infoclip.engine.serving import ServingPlan
 
-__all__ = ["ENGINES", "KINDS", "Prediction", "Predictions", "find_pictures", "output_names", "predict", "predict_one"]
+__all__ = ["ENGINES", "KINDS", "Prediction", "Predictions", "find_pictures", "output_names", "predict",
+           "predict_steps"]  # fmt: skip
 
 ENGINES = ("local", "ray")
 
@@ -54,6 +56,8 @@ class Predictions:
     """Pictures that an earlier call had done."""
     faults: list[str]
     """One sentence for each picture, folder or pattern that could not be used."""
+    plan: ServingPlan | None = None
+    """What the memory budget allowed; None without one."""
 
 
 def predict(
@@ -69,6 +73,8 @@ def predict(
     engine: str = "local",
     workers: int = 0,
     address: str | None = None,
+    precision: str = "fp32",
+    memory: str = "",
 ) -> Predictions:
     """Segment pictures with any classes.
 
@@ -94,9 +100,11 @@ def predict(
             same files as the result.
         workers: of a Ray cluster; 0 for one a GPU, or one for four CPUs.
         address: of a running Ray cluster; None takes ``RAY_ADDRESS``, or starts one on this machine.
+        precision, memory: as :func:`infoclip.api.load`'s; with Ray the budget is each worker's, and cannot be ``auto``.
 
     Raises:
-        ConfigError: an unknown engine, or Ray without its package; a task that the model has not.
+        ConfigError: an unknown engine, Ray without its package, a budget that nothing fits; a task that the model has
+            not.
         DataError: no picture at all, or a class list that cannot be used.
         CheckpointError: no usable model.
         StorageError: the output cannot be written.
@@ -108,9 +116,13 @@ def predict(
         raise DataError(faults[0] if faults else "There is no picture to segment; name at least one image file.")
     if engine not in ENGINES:
         raise ConfigError(f"The engine is '{engine}'; expected {' or '.join(ENGINES)}.")
+    if engine == "ray" and memory == "auto":
+        raise ConfigError("--memory is auto, which workers of one machine would all take; name each worker's: 4GiB.")
     names = checked_classes(classes)
-    model = load(model_path, device if engine == "local" else "cpu")
+    options: dict[str, Any] = {"precision": precision, "memory": memory}
+    model = load(model_path, device, **options) if engine == "local" else load(model_path, "cpu")
     model.check_classes(names)
+    plan = model.plan(names)
     told_apart = [names[i] for i in check_task(model.tasks, task, names, things)]
     wanted = {"classes": names, "task": task} | ({"things": told_apart} if task != "semantic" else {})
     out, stamp = Path(out_dir), _stamp(Path(model_path))
@@ -119,6 +131,7 @@ def predict(
     for path, stem in zip(paths, output_names(paths), strict=True):
         extra = {"image": str(path), "image_stamp": _stamp(path), "model": str(model_path), "model_stamp": stamp}
         extra |= {key: wanted[key] for key in wanted if key != "classes"}
+        extra |= {} if precision == "fp32" else {"precision": precision}
         if _is_done(out, stem, KINDS[task], {**extra, **wanted}):
             kept += 1
         else:
@@ -128,9 +141,11 @@ def predict(
         from infoclip.ray_engine import predict_all
 
         del model  # the workers have their own
-        made = predict_all(steps, model_path, names, out, device=device, workers=workers, address=address)
+        made = predict_all(
+            steps, model_path, names, out, device=device, workers=workers, address=address, loading=options
+        )
     else:
-        made = (predict_one(model, names, out, step) for step in steps)
+        made = predict_steps(model, names, out, steps)
     results: list[Prediction] = []
     for done in tracked(made, "segmenting", progress, total=len(steps)):
         if isinstance(done, Prediction):
@@ -139,26 +154,53 @@ def predict(
             faults.append(done)
     if task == "panoptic":
         _collect(out, names, told_apart)
-    return Predictions(results, kept, faults)
+    return Predictions(results, kept, faults, plan)
 
 
-def predict_one(
+def predict_steps(
     model: Model,
     classes: Sequence[str],
     out: Path,
-    step: Step,
-) -> Prediction | str:
-    """Segment one picture and write its files, or say in a sentence why it cannot be used.
+    steps: Sequence[Step],
+) -> Iterator[Prediction | str]:
+    """Segment pictures and write their files, or say in a sentence why one cannot be used.
 
-    The task and its things are what the step's JSON is to say.
+    As many go through the model together as its memory budget allows, one without a budget. The task and its things
+    are what the steps' JSON is to say.
     """
-    path, stem, extra = step
-    try:
-        result = model.segment(path, classes, extra["task"], extra.get("things"))
-    except DataError as error:
-        return str(error)
+    from infoclip.api import as_pixels
+
+    plan = model.plan(classes)
+    size = 1 if plan is None else plan.pictures
+    for start in range(0, len(steps), size):
+        usable: list[tuple[Step, ImageLike]] = []
+        for step in steps[start : start + size]:
+            try:
+                usable.append((step, as_pixels(step[0])))
+            except DataError as error:
+                yield str(error)
+        if len(usable) > 1:
+            try:
+                results = model.segment_together([pixels for _, pixels in usable], classes)
+            except DataError:
+                pass  # one of them is at fault: each for itself
+            else:
+                for (step, _), result in zip(usable, results, strict=True):
+                    yield _written(out, step, result)
+                continue
+        for step, pixels in usable:
+            try:
+                found = model.segment(pixels, classes, step[2]["task"], step[2].get("things"))
+            except DataError as error:
+                yield str(error)
+            else:
+                yield _written(out, step, found)
+
+
+def _written(out: Path, step: Step, result: Any) -> Prediction:
     from infoclip.api import write_files
 
+    path, stem, extra = step
     overlay, labels, info = write_files(out, result.files(stem, extra))
     return Prediction(Path(path), overlay, labels, info, result.shares, result.counts)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from infoclip.errors import ConfigError, InfoclipError
-from infoclip.predict import Prediction, Step, predict_one
+from infoclip.predict import Prediction, Step, predict_steps
 
 __all__ = ["predict_all"]
 
@@ -35,8 +35,10 @@ def predict_all(
     device: str = "auto",
     workers: int = 0,
     address: str | None = None,
+    loading: dict[str, Any] | None = None,
 ) -> Iterator[Prediction | str]:
-    """A result, or a sentence, for each picture as it is done. The arguments are those of :func:`predict`.
+    """A result, or a sentence, for each picture as it is done. The arguments are those of :func:`predict`,
+    and ``loading`` are each worker's of :func:`infoclip.api.load`.
 
     A cluster that this call started ends with it; one that runs already is left as it was.
 
@@ -86,6 +88,7 @@ def predict_all(
                 str(out),
                 "cuda" if on_gpu else "cpu",
                 str(Path.cwd()),
+                loading or {},
             ),
             batch_size=_BATCH,
             compute=ray.data.ActorPoolStrategy(size=count),
@@ -120,7 +123,9 @@ def _hidden_stderr() -> Iterator[None]:
 class _Worker:
     """A process of the cluster with the model in it."""
 
-    def __init__(self, model_path: str, classes: list[str], out: str, device: str, folder: str) -> None:
+    def __init__(
+        self, model_path: str, classes: list[str], out: str, device: str, folder: str, options: dict[str, Any]
+    ) -> None:
         import torch
 
         from infoclip.api import load
@@ -134,7 +139,7 @@ class _Worker:
             torch.set_num_threads(int(threads))
         self.fault: InfoclipError | None = None
         try:
-            self.model = load(model_path, device)
+            self.model = load(model_path, device, **options)
         except InfoclipError as error:  # raised in here, it would make Ray start another worker, again and again
             self.fault = InfoclipError(f"A worker of the Ray cluster, on {platform.node()}: {error}")
 
@@ -142,9 +147,9 @@ class _Worker:
         made: list[Any] = []
         if self.fault is not None:
             return {"result": [self.fault] * len(batch["step"])}
-        for step in batch["step"]:
-            try:
-                made.append(predict_one(self.model, self.classes, self.out, tuple(json.loads(step))))
-            except InfoclipError as error:  # a full disk: the run ends, as in one process
-                made.append(error)
+        steps = [tuple(json.loads(step)) for step in batch["step"]]
+        try:
+            made += predict_steps(self.model, self.classes, self.out, steps)
+        except InfoclipError as error:  # a full disk: the run ends, as in one process
+            made.append(error)
         return {"result": made}

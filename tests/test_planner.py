@@ -11,6 +11,7 @@ import pytest
 import torch
 from training_data import INFOCLIP, tiny_config, weights, write_folders
 
+from infoclip import budget as amounts
 from infoclip.budget import format_bytes, parse_budget
 from infoclip.config import AlignConfig, Config, apply_overrides
 from infoclip.engine import planner
@@ -67,7 +68,7 @@ def test_budget_of_a_mode_and_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -
     assert budget_of("lean", CPU) is None
     assert 0 < budget_of("auto", CPU) < 2**50
     assert budget_of("2GiB", CPU) == 2**31
-    monkeypatch.setattr(planner, "_free", lambda device: (2**30, 2**33))
+    monkeypatch.setattr(amounts, "_free", lambda device: (2**30, 2**33))
     with pytest.raises(ConfigError, match=r"16GiB, but cuda has 8\.00GiB"):
         budget_of("16GiB", torch.device("cuda"))
 

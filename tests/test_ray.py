@@ -109,9 +109,9 @@ def test_a_worker_takes_the_callers_relative_paths_and_tells_a_fault(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")  # where a cluster's workers start is the cluster's choice
     step = json.dumps(["in/000.png", "000", {"task": "semantic"}])
-    (made,) = _Worker("model", CLASSES, "out", "cpu", str(tmp_path))({"step": [step]})["result"]
+    (made,) = _Worker("model", CLASSES, "out", "cpu", str(tmp_path), {})({"step": [step]})["result"]
     assert made.labels == Path("out/000.labels.png")
     assert (tmp_path / "out/000.json").is_file()
-    faults = _Worker("absent", CLASSES, "out", "cpu", str(tmp_path))({"step": [step, step]})["result"]
+    faults = _Worker("absent", CLASSES, "out", "cpu", str(tmp_path), {})({"step": [step, step]})["result"]
     assert [type(fault) for fault in faults] == [InfoclipError] * 2
     assert "absent" in str(faults[0])

@@ -294,9 +294,8 @@ class TextCLIP(nn.Module):
         tokens = self.prompt_tokens(class_names, templates)  # [T, P, L]
         by_template = tokens.transpose(0, 1)  # [P, T, L]
         size = tokens[..., 0].numel() if torch.is_grad_enabled() else _PROMPT_CHUNK
-        features = torch.cat([self.encode_text(part) for part in self._parts(by_template, size)])
-        features = features.unflatten(0, by_template.shape[:2]).transpose(0, 1)
-        return F.normalize(features.float() if features.dtype != torch.float64 else features, dim=-1)
+        features = torch.cat([_unit(self.encode_text(part)) for part in self._parts(by_template, size)])
+        return features.unflatten(0, by_template.shape[:2]).transpose(0, 1)
 
     def text_backward(
         self,
@@ -316,9 +315,16 @@ class TextCLIP(nn.Module):
         tokens = self.prompt_tokens(class_names, templates).transpose(0, 1)  # [P, T, L]
         parts = zip(self._parts(tokens, chunk), self._parts(gradient.transpose(0, 1), chunk), strict=True)
         for part, grad in parts:
-            features = self.encode_text(part)
-            features = F.normalize(features.float() if features.dtype != torch.float64 else features, dim=-1)
-            torch.autograd.backward(features, grad)
+            torch.autograd.backward(_unit(self.encode_text(part)), grad)
+
+    def prompt_length(self, class_names: Sequence[str], templates: Sequence[str] | None = None) -> int:
+        """How many tokens :meth:`encode_text` reads of the longest prompt.
+
+        Raises:
+            DataError: as :meth:`text_features`.
+        """
+        tokens = self.prompt_tokens(class_names, templates).flatten(0, 1)
+        return int(self._read_positions(tokens).max()) + 1 if self._cuts_context else tokens.shape[1]
 
     @staticmethod
     def _parts(x: Tensor, size: int) -> list[Tensor]:  # [P, T, c] -> each [at most size, c]
@@ -383,3 +389,7 @@ def _shorten(text: str, limit: int = 80) -> str:
 
 def _some(keys: Sequence[str]) -> str:
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _unit(features: Tensor) -> Tensor:  # [M, d] -> [M, d] float32, or float64 as given
+    return F.normalize(features.float() if features.dtype != torch.float64 else features, dim=-1)

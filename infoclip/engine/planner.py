@@ -12,17 +12,15 @@ images, and such a batch is not divided.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from infoclip.budget import format_bytes, parse_budget
+from infoclip.budget import budget_bytes, format_bytes
 from infoclip.errors import ConfigError
 from infoclip.model.footprint import LiveBytes, meta_copy
 from infoclip.model.memory import MODES, class_chunk
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
     from infoclip.model.segmentor import Segmentor
 
 __all__ = ["Footprint", "Plan", "Settings", "budget_of", "count_mask_step", "count_step", "couples", "lower",
-           "make_mask_plan", "make_plan"]  # fmt: skip
+           "make_mask_plan", "make_plan", "shared_bytes"]  # fmt: skip
 
 SHARE, CONSTANT = 0.1, 128 * 2**20
 """On top of the counted bytes: of all that is not weights, gradients or moments, and for libraries."""
@@ -119,42 +117,10 @@ class Plan:
 def budget_of(memory: str, device: torch.device) -> int | None:
     """Bytes that ``model.memory`` allows on a device; None where it names a mode.
 
-    ``auto`` is nine tenths of what is free: on a GPU by its driver, else by the system and the control group.
-
     Raises:
         ConfigError: no amount, or more than a GPU has.
     """
-    if memory in MODES:
-        return None
-    free = _free(device)
-    if memory == "auto":
-        return int(0.9 * free[0])
-    try:
-        budget = parse_budget(memory)
-    except ValueError as error:
-        raise ConfigError(f"model.memory: {error}.") from error
-    if device.type == "cuda" and budget > free[1]:
-        raise ConfigError(f"model.memory is {memory}, but {device} has {format_bytes(free[1])}; ask for less, or auto.")
-    return budget
-
-
-def _free(device: torch.device) -> tuple[int, int]:
-    """Bytes free and there at all."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-    if "MemAvailable" not in values:
-        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return pages // 2, pages
-    free, total = values["MemAvailable"], values["MemTotal"]
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text())
-        free = min(free, limit - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass
-    return free, total
+    return None if memory in MODES else budget_bytes(memory, device, "model.memory")
 
 
 def couples(config: Config) -> bool:
@@ -219,7 +185,7 @@ def make_plan(
     parts = (meta_copy(segmentor, segmentor.clip.tokenizer, segmentor.clip._tokens),
              None if teacher is None else meta_copy(teacher, teacher.tokenizer, teacher._tokens),
              None if objective is None else meta_copy(objective))  # fmt: skip
-    place = _shares(segmentor, teacher, objective)
+    place = shared_bytes(segmentor, teacher, objective)
 
     def count(settings: Settings) -> Footprint:
         return count_step(*parts, config, classes, prompt_length, settings, weights=place)
@@ -255,7 +221,7 @@ def make_mask_plan(
     choices = [settings for _, settings in sorted(prices, key=lambda entry: entry[0])]
     parts = (meta_copy(segmentor, segmentor.clip.tokenizer, segmentor.clip._tokens),
              None if teacher is None else meta_copy(teacher, teacher.tokenizer, teacher._tokens))  # fmt: skip
-    place = _shares(segmentor, teacher)
+    place = shared_bytes(segmentor, teacher)
 
     @functools.cache
     def image(mode: str) -> Footprint:
@@ -293,7 +259,7 @@ def _first_that_fits(
     return None, -(-least[0] // 2**20), least[1]
 
 
-def _shares(*modules: nn.Module | None) -> int:
+def shared_bytes(*modules: nn.Module | None) -> int:
     """Bytes of all parameters and buffers, what modules share once."""
     found: dict[int, int] = {}
     for module in modules:
@@ -329,7 +295,7 @@ def count_step(
         # The peak is convex in the chunk: four fifths of the slope above keep the inferred one on the safe side.
         _, above = _pass(*parts, 2 * coarse)
         peak = max(kept, peak - int(0.8 * (above - peak) / coarse * (coarse - chunk)))
-    return _footprint((segmentor, objective), _shares(segmentor) if weights is None else weights, kept, peak)
+    return _footprint((segmentor, objective), shared_bytes(segmentor) if weights is None else weights, kept, peak)
 
 
 def count_mask_step(
@@ -355,7 +321,7 @@ def count_mask_step(
     segmentor.use_memory(mode).train()
     with _counting(segmentor, teacher) as live:
         kept = _mask_pass(live, segmentor, teacher, config, vocabulary, size, objects)
-    return _footprint((segmentor,), _shares(segmentor) if weights is None else weights, kept, live.peak)
+    return _footprint((segmentor,), shared_bytes(segmentor) if weights is None else weights, kept, live.peak)
 
 
 def _footprint(learning: Sequence[nn.Module | None], weights: int, kept: int, peak: int) -> Footprint:

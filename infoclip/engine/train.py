@@ -24,7 +24,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from infoclip.budget import format_bytes
+from infoclip.budget import format_bytes, hand_back
 from infoclip.config import Config, config_to_dict, load_config
 from infoclip.data.classes import load_classes, load_label_map
 from infoclip.data.folders import FolderDataset, PairDataset
@@ -249,6 +249,7 @@ class _Run:
         if self.budget is not None:
             shared = config.model.memory == "auto" and device.type == "cpu"  # the free memory of one machine
             self.budget = min(self.ranks.gather(self.budget // self.ranks.here if shared else self.budget))
+            hand_back(device)
 
         # since the last logging step: sums on the device, and how many steps gave each
         self.sums: dict[str, Tensor] = {}
@@ -533,8 +534,7 @@ class _Run:
         config, clip = self.config, self.segmentor.clip
         limit = config.data.sample_classes
         classes = min(limit, len(self.classes)) if limit > 0 else len(self.classes)
-        tokens = clip.prompt_tokens(self.classes, self.templates).flatten(0, 1)
-        length = int(clip._read_positions(tokens).max()) + 1 if clip._cuts_context else tokens.shape[1]
+        length = clip.prompt_length(self.classes, self.templates)
         return make_plan(
             budget, self._share, self.segmentor, self.teacher, self.objective, classes, length, self.device
         )

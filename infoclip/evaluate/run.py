@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from infoclip.clip import DenseCLIP
     from infoclip.config import EvalConfig
     from infoclip.data.folders import PairDataset
+    from infoclip.model.inference import Serving
     from infoclip.model.maftplus import MaskSegmentor
     from infoclip.model.segmentor import Segmentor
 
@@ -218,12 +220,17 @@ class EvaluationResult:
 
 
 def segmentor_predictor(
-    segmentor: Segmentor | MaskSegmentor, classes: Sequence[str], config: EvalConfig, trained: Sequence[str] = ()
+    segmentor: Segmentor | MaskSegmentor,
+    classes: Sequence[str],
+    config: EvalConfig,
+    trained: Sequence[str] = (),
+    serving: Serving | None = None,
 ) -> Predictor:
     """Labels from a trained segmentor; the class embeddings are computed once, here.
 
     Args:
         trained: class names that a model of mask proposals was trained on, for FC-CLIP's ensemble.
+        serving: of cost aggregation: precision, and what goes through the model at once.
 
     Raises:
         DataError: a class list that cannot be used.
@@ -239,14 +246,14 @@ def segmentor_predictor(
             return predict_masks(masks, image, vocabulary, config, trained).labels()[1]
 
         return of_masks
-    from infoclip.model.inference import predict_labels
+    from infoclip.model.inference import FULL, predict_labels
 
-    cost = segmentor
+    cost, way = segmentor, serving or FULL
     with torch.no_grad():
         text = cost.clip.text_features(list(classes))
 
     def predict(image: Tensor) -> Tensor:  # [3, H, W] -> [H, W]
-        return predict_labels(cost, image, text, config)[1]
+        return predict_labels(cost, image, text, config, way)[1]
 
     return predict
 
@@ -456,6 +463,8 @@ def evaluate_folder(
     out: str | Path | None = None,
     processes: int = 1,
     progress: bool = True,
+    precision: str = "fp32",
+    memory: str = "",
 ) -> EvaluationResult:
     """Evaluate a trained model on a folder of images and a folder of masks.
 
@@ -471,6 +480,7 @@ def evaluate_folder(
         out: folder for ``evaluation.json``, the report ``evaluation.html`` and ``evaluation.images.jsonl``, from which
             the same call goes on where it was stopped.
         processes: so many share the images; within ``torchrun`` its processes do.
+        precision, memory: as :func:`infoclip.api.load`'s; processes share the budget in equal parts.
 
     Raises:
         CheckpointError, ConfigError, DataError, StorageError: see the classes.
@@ -487,11 +497,12 @@ def evaluate_folder(
     if processes > 1:
         return run_in_processes(
             processes, evaluate_folder, model, images, masks, classes, label_map=label_map, ignore_index=ignore_index,
-            seen=seen, overrides=overrides, device=device, out=out, progress=progress,
+            seen=seen, overrides=overrides, device=device, out=out, progress=progress, precision=precision,
+            memory=memory,
         )  # fmt: skip
     where = {"images": str(images), "masks": str(masks)}
     chosen = _Set("evaluation", Path(images).name, dataset, str(classes) == "voc_20b", where)
-    return _evaluate(model, [chosen], seen, overrides, device, out, progress)[chosen.name]
+    return _evaluate(model, [chosen], seen, overrides, device, out, progress, precision, memory)[chosen.name]
 
 
 def evaluate_benchmark(model: str | Path, name: str, root: str | Path, **options: Any) -> EvaluationResult:
@@ -510,6 +521,8 @@ def evaluate_benchmarks(
     out: str | Path | None = None,
     processes: int = 1,
     progress: bool = True,
+    precision: str = "fp32",
+    memory: str = "",
 ) -> dict[str, EvaluationResult]:
     """Evaluate a trained model on data sets of the papers, in the folders that they were downloaded to or converted in.
 
@@ -523,7 +536,7 @@ def evaluate_benchmarks(
         root: the folder above the data sets' own, or that folder itself.
         out: folder for ``NAME.json``, ``NAME.html`` and ``NAME.images.jsonl`` of each, from which the same call goes on
             where it was stopped; for several also ``summary.json`` and ``summary.html``.
-        seen, overrides, device, processes, progress: as :func:`evaluate_folder`'s.
+        seen, overrides, device, processes, progress, precision, memory: as :func:`evaluate_folder`'s.
 
     Raises:
         CheckpointError, ConfigError, DataError, StorageError: see the classes.
@@ -551,9 +564,9 @@ def evaluate_benchmarks(
     if processes > 1:
         return run_in_processes(
             processes, evaluate_benchmarks, model, names, root, seen=seen, overrides=overrides, device=device, out=out,
-            progress=progress,
+            progress=progress, precision=precision, memory=memory,
         )  # fmt: skip
-    return _evaluate(model, sets, seen, overrides, device, out, progress)
+    return _evaluate(model, sets, seen, overrides, device, out, progress, precision, memory)
 
 
 @dataclass(frozen=True)
@@ -577,6 +590,8 @@ def _evaluate(
     device: str,
     out: str | Path | None,
     progress: bool,
+    precision: str,
+    memory: str,
 ) -> dict[str, EvaluationResult]:
     """Predict, count and report; the model is loaded once."""
     from infoclip.api import load, write_files
@@ -588,19 +603,24 @@ def _evaluate(
     results: dict[str, EvaluationResult] = {}
     folder = None if out is None else Path(out)
     with joined() as workers:
-        loaded = load(model, device=workers.device(device))
+        loaded = load(model, workers.device(device), precision=precision, memory=memory, share=workers.count)
         config = apply_overrides(loaded.config, list(overrides)).eval
         environment = collect_environment()
         weights = model_digest(loaded.segmentor) if folder is not None and workers.first else ""
         trained = loaded.classes if seen is None else list(seen)
         for chosen in sets:
             names = chosen.dataset.classes
-            predict = segmentor_predictor(loaded.segmentor, names, config, loaded.classes)
+            plan = loaded.plan(names, config)
+            if plan is not None and progress and workers.first:
+                print(plan, file=sys.stderr)
+            way = loaded.serving(names, config)
+            predict = segmentor_predictor(loaded.segmentor, names, config, loaded.classes, way)
             if chosen.background:
                 predict = _with_background(predict)
             shown = [*names[:20], "background"] if chosen.background else list(names)
             settings: dict[str, Any] = {"model": str(model), **chosen.where, "classes": names}
             settings |= {"templates": list(loaded.segmentor.clip.templates), "eval": asdict(config)}
+            settings["precision"] = precision
             records = None
             if folder is not None:
                 key = {
@@ -608,7 +628,7 @@ def _evaluate(
                     "weights": workers.broadcast(weights),
                     "data": listed(chosen.dataset),
                     "classes": hashlib.sha256(json.dumps([names, shown, loaded.classes]).encode()).hexdigest(),
-                    **{name: settings[name] for name in ("templates", "eval")},
+                    **{name: settings[name] for name in ("templates", "eval", "precision")},
                 }
                 records = Records(folder, chosen.name, key, len(chosen.dataset), len(shown))
             share = "" if workers.count == 1 else f" (process 1 of {workers.count})"

@@ -58,7 +58,8 @@ def window_mask(height: int, width: int, window: int, shift: int) -> Tensor | No
     windows = region.view(padded_h // window, window, padded_w // window, window).transpose(1, 2)
     windows = windows.reshape(-1, window * window)
     apart = windows[:, None, :] != windows[:, :, None]
-    return torch.zeros(apart.shape, device="cpu").masked_fill_(apart, MASKED)
+    with torch.inference_mode(False):  # it is kept, and training may be next to need it
+        return torch.zeros(apart.shape, device="cpu").masked_fill_(apart, MASKED)
 
 
 class WindowAttention(nn.Module):

@@ -13,7 +13,8 @@ Sizes: ``T`` classes, ``P`` prompts, ``V`` views, ``S`` the encoder's input side
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infoclip.config import EvalConfig
+from infoclip.errors import ConfigError, DataError
 from infoclip.model.aggregator import DROPPED_LOGIT
 
 if TYPE_CHECKING:
@@ -29,11 +31,17 @@ if TYPE_CHECKING:
     from infoclip.model.segmentor import Segmentor
 
 __all__ = [
+    "FULL",
+    "PER_PIXEL",
+    "PRECISIONS",
+    "Serving",
     "best_class",
     "evaluating",
+    "half_precision",
     "normalize",
     "plain_scores",
     "predict_labels",
+    "predict_labels_of",
     "predict_scores",
     "preprocess",
     "resize_shortest_side",
@@ -46,6 +54,12 @@ PUBLISHED_MULTIPLE = 32
 
 _CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**30}
 """Score maps that are held at a time, by kind of device; at least those of one class."""
+
+PER_PIXEL = 64
+"""Bytes a pixel that a picture, its labels and what is drawn of them take beside the score maps: 8-bit and float32
+pixels (15), best score, label and their successors (33), overlay and label picture (14)."""
+
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 _Merge = Callable[[list[Tensor]], Tensor]
 """From the logits of some classes in every view, V x [n, h, w], to their scores [n, H, W]."""
@@ -103,12 +117,32 @@ def resize_shortest_side(
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(image.device)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Serving:
+    """How pictures go through a model: its memory and speed. But for roundings the result is the same for all.
+
+    :func:`infoclip.engine.serving.plan_serving` chooses one within a budget.
+    """
+
+    views: int = 0
+    """Views that go through the model at once, of one picture or of several; 0 for the settings' ``batch_size``."""
+    class_chunk: int = 0
+    """Classes that the aggregation works on at once; 0 for the model's own."""
+    maps: int = 0
+    """Bytes for what is as large as a picture, which larger pictures are refused for; 0 for no limit."""
+    precision: str = "fp32"
+    """``bf16`` or ``fp16``: by autocast, as in training; norms, softmax statistics and scores stay in float32."""
+
+
+FULL = Serving()
+
+
 def predict_scores(
     segmentor: Segmentor,
     image: Tensor,  # [3, H, W] uint8, RGB
     text: Tensor,  # [T, P, d]
     eval_config: EvalConfig,
+    serving: Serving = FULL,
 ) -> Tensor:  # [T, H, W] float32, on the segmentor's device
     """Scores in 0..1 of every class at every pixel of the image; the largest gives the label.
 
@@ -118,36 +152,65 @@ def predict_scores(
     Raises:
         TypeError: an image that is not uint8.
         ValueError: another shape, or text of another width or number of templates.
+        ConfigError: half precision that the device lacks.
     """
-    views, merge, _ = _configured_views(segmentor, image, text, eval_config)
-    return _merged(views, merge, image.shape[-2:])
+    with torch.no_grad():
+        task = _task(segmentor, image, eval_config)
+        return _merged(_logits(segmentor, task.views, text, eval_config.batch_size, serving), task)
 
 
-@torch.no_grad()
 def predict_labels(
     segmentor: Segmentor,
     image: Tensor,  # [3, H, W] uint8, RGB
     text: Tensor,  # [T, P, d]
     eval_config: EvalConfig,
+    serving: Serving = FULL,
 ) -> tuple[Tensor, Tensor]:  # [H, W] float32, [H, W] int64, on the segmentor's device
     """The best score of every pixel and the class that has it (the first of several), as :func:`predict_scores`'s.
 
-    Beside the logits of one view (``4 T (S/4)^2`` bytes and what the aggregation holds meanwhile), memory grows only
-    with the classes that any view kept in its cut to the most similar ``pad_len``: the others have one score
+    Beside the logits of a batch of views (``4 T (S/4)^2`` bytes each and what the aggregation holds meanwhile), memory
+    grows only with the classes that any view kept in its cut to the most similar ``pad_len``: the others have one score
     everywhere, the same for all of them, and the first of them stands for all.
 
     Raises:
-        TypeError, ValueError: as :func:`predict_scores`.
+        TypeError, ValueError, ConfigError: as :func:`predict_scores`.
+        DataError: a picture too large for ``serving.maps``.
     """
-    views, merge, per_class = _configured_views(segmentor, image, text, eval_config)
-    device = views[0].rows.device
-    chosen = torch.cat([view.classes for view in views]).unique()  # sorted
-    others = torch.ones(text.shape[-3], dtype=torch.bool, device=device)
-    others[chosen] = False
-    chosen = torch.cat([chosen, others.nonzero()[:1, 0]]).sort().values
-    parts = chosen.split(max(1, _CHUNK_BYTES[device.type] // per_class))
-    scores = ((classes, merge([view.take(classes) for view in views])) for classes in parts)
-    return _best(scores, image.shape[-2:], device)
+    return predict_labels_of(segmentor, [image], text, eval_config, serving)[0]
+
+
+@torch.no_grad()
+def predict_labels_of(
+    segmentor: Segmentor,
+    images: Sequence[Tensor],  # each [3, H, W] uint8, RGB; of any sizes
+    text: Tensor,  # [T, P, d]
+    eval_config: EvalConfig,
+    serving: Serving = FULL,
+) -> list[tuple[Tensor, Tensor]]:
+    """:func:`predict_labels` of each image, with the views of all of them in the same batches.
+
+    Raises:
+        TypeError, ValueError, ConfigError, DataError: as :func:`predict_labels`.
+    """
+    tasks = [_task(segmentor, image, eval_config) for image in images]
+    for task in tasks:
+        _map_bytes(task, serving)  # too large a picture is refused before anything is computed
+    inputs = [view for task in tasks for view in task.views]
+    views = iter(_logits(segmentor, inputs, text, eval_config.batch_size, serving))
+    del inputs
+    results = []
+    for task in tasks:
+        own = [next(views) for _ in task.views]
+        task.views.clear()
+        device = own[0].rows.device
+        chosen = torch.cat([view.classes for view in own]).unique()  # sorted
+        others = torch.ones(text.shape[-3], dtype=torch.bool, device=device)
+        others[chosen] = False
+        chosen = torch.cat([chosen, others.nonzero()[:1, 0]]).sort().values
+        parts = chosen.split(max(1, _map_bytes(task, serving) // task.per_class))
+        scores = ((classes, task.merge([view.take(classes) for view in own])) for classes in parts)
+        results.append(_best(scores, task.output, device))
+    return results
 
 
 @torch.no_grad()
@@ -195,7 +258,8 @@ def plain_scores(
     """
     _check_image(image, batched=False)
     size = output_size or (image.shape[-2], image.shape[-1])
-    return _merged(*_plain_views(segmentor, image, text, size, padding)[:2], size)
+    task = _plain_task(segmentor, image, size, padding)
+    return _merged(_logits(segmentor, task.views, text, 1, FULL), task)
 
 
 @torch.no_grad()
@@ -230,8 +294,8 @@ def sliding_window_scores(
             " overlap of at least 0 and below 1"
         )
     output = output_size or (image.shape[-2], image.shape[-1])
-    views, merge, _ = _window_views(segmentor, image, text, output, size, window, overlap, batch_size)
-    return _merged(views, merge, output)
+    task = _window_task(segmentor, image, (output[0], output[1]), size, window, overlap)
+    return _merged(_logits(segmentor, task.views, text, batch_size, FULL), task)
 
 
 class _View:
@@ -260,10 +324,20 @@ class _View:
         return rows
 
 
-def _configured_views(
-    segmentor: Segmentor, image: Tensor, text: Tensor, config: EvalConfig
-) -> tuple[list[_View], _Merge, int]:
-    """The views of the image that the settings ask for, how their scores are merged, and bytes a class of that."""
+@dataclass
+class _Task:
+    """One picture's way through the model."""
+
+    views: list[Tensor]  # each [3, S, S]
+    merge: _Merge
+    per_class: int
+    """Bytes that the merging of one class holds."""
+    output: tuple[int, int]
+    device: torch.device
+
+
+def _task(segmentor: Segmentor, image: Tensor, config: EvalConfig) -> _Task:
+    """The views of the image that the settings ask for, and how their scores are merged."""
     if image.dtype != torch.uint8:
         raise TypeError(f"image has dtype {image.dtype}; expected uint8")
     _check_image(image, batched=False)
@@ -271,27 +345,80 @@ def _configured_views(
     if config.resize > 0:
         image = resize_shortest_side(image, config.resize, config.resize_max)
     if not config.sliding_window:
-        return _plain_views(segmentor, image, text, output, config.padding)
-    return _window_views(segmentor, image, text, output, config.size, config.window, config.overlap, config.batch_size)
+        return _plain_task(segmentor, image, output, config.padding)
+    return _window_task(segmentor, image, output, config.size, config.window, config.overlap)
 
 
-def _merged(views: list[_View], merge: _Merge, output: Sequence[int]) -> Tensor:  # -> [T, H, W]
+def _logits(segmentor: Segmentor, views: list[Tensor], text: Tensor, batch_size: int, serving: Serving) -> list[_View]:
+    """The model's logits of every view, in batches."""
+    size = serving.views or batch_size
+    found: list[_View] = []
+    with evaluating(segmentor), torch.inference_mode(), _served(segmentor, serving, views[0].device):
+        for start in range(0, len(views), size):
+            found += map(_View, segmentor(torch.stack(views[start : start + size]), text).logits)
+    return found
+
+
+@contextmanager
+def _served(segmentor: Segmentor, serving: Serving, device: torch.device) -> Iterator[None]:
+    """The model with a class chunk and in a precision."""
+    dtype = half_precision(serving.precision, device)
+    aggregator = segmentor.aggregator if serving.class_chunk else None
+    earlier = 0 if aggregator is None else aggregator.class_chunk
+    try:
+        if aggregator is not None:
+            aggregator.class_chunk = serving.class_chunk
+        with torch.autocast(device.type, dtype) if dtype is not None else nullcontext():
+            yield
+    finally:
+        if aggregator is not None:
+            aggregator.class_chunk = earlier
+
+
+def half_precision(precision: str, device: torch.device) -> torch.dtype | None:
+    """The type of matrix products; None for float32.
+
+    Raises:
+        ConfigError: another precision, or ``fp16`` on a CPU.
+    """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"The precision is '{precision}'; expected {', '.join(PRECISIONS)}.")
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError("The precision fp16 is for GPUs; on a CPU take bf16.")
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def _map_bytes(task: _Task, serving: Serving) -> int:
+    """Bytes of score maps that may be held at a time."""
+    default = _CHUNK_BYTES[task.device.type]
+    if not serving.maps:
+        return default
+    height, width = task.output
+    left = serving.maps - PER_PIXEL * height * width
+    if left < task.per_class:
+        needed = -(-(PER_PIXEL * height * width + task.per_class - serving.maps) // 2**20)
+        raise DataError(
+            f"A picture of {width} x {height} pixels takes {needed}MiB more than the memory budget leaves; "
+            "raise the budget, or make the picture smaller."
+        )
+    return min(default, left)
+
+
+def _merged(views: list[_View], task: _Task) -> Tensor:  # -> [T, H, W]
     """The scores of all classes, made in chunks of a bounded size."""
     count, device = views[0].count, views[0].rows.device
-    scores = torch.empty(count, *output, device=device)
-    step = max(1, _CHUNK_BYTES[device.type] // (16 * output[0] * output[1]))
+    scores = torch.empty(count, *task.output, device=device)
+    step = max(1, _CHUNK_BYTES[device.type] // (16 * task.output[0] * task.output[1]))
     for start in range(0, count, step):
         classes = torch.arange(start, min(count, start + step), device=device)
-        scores[start : start + step] = merge([view.take(classes) for view in views])
+        scores[start : start + step] = task.merge([view.take(classes) for view in views])
     return scores
 
 
-def _plain_views(
-    segmentor: Segmentor, image: Tensor, text: Tensor, output: tuple[int, int], padding: Literal["none", "published"]
-) -> tuple[list[_View], _Merge, int]:
+def _plain_task(
+    segmentor: Segmentor, image: Tensor, output: tuple[int, int], padding: Literal["none", "published"]
+) -> _Task:
     height, width = image.shape[-2:]
-    with evaluating(segmentor):
-        logits = segmentor(preprocess(_on(image, segmentor)[None], segmentor.clip, padding), text).logits[0]
 
     def merge(rows: list[Tensor]) -> Tensor:
         scores = rows[0].sigmoid()
@@ -299,32 +426,20 @@ def _plain_views(
             scores = scores[..., :height, :width]
         return _resize_maps(scores, output)
 
-    return [_View(logits)], merge, 8 * output[0] * output[1]
+    view = preprocess(_on(image, segmentor), segmentor.clip, padding)
+    return _Task([view], merge, 8 * output[0] * output[1], output, view.device)
 
 
-def _window_views(
-    segmentor: Segmentor,
-    image: Tensor,
-    text: Tensor,
-    output: tuple[int, int],
-    size: int,
-    window: int,
-    overlap: float,
-    batch_size: int,
-) -> tuple[list[_View], _Merge, int]:
+def _window_task(
+    segmentor: Segmentor, image: Tensor, output: tuple[int, int], size: int, window: int, overlap: float
+) -> _Task:
     window = min(window, size)
     pixels = _on(image, segmentor).float()[None]
     squashed = _resize(pixels, size)
     starts = window_starts(size, window, overlap)
     corners = [(y, x) for y in starts for x in starts]
-    views: list[_View] = []
-    with evaluating(segmentor):
-        for i in range(0, len(corners), batch_size):
-            chunk = corners[i : i + batch_size]
-            cut = torch.cat([squashed[..., y : y + window, x : x + window] for y, x in chunk])
-            views += map(_View, segmentor(preprocess(cut, segmentor.clip), text).logits)
-        whole = _resize(pixels, window)
-        views.append(_View(segmentor(preprocess(whole, segmentor.clip), text).logits[0]))
+    cuts = [squashed[0, :, y : y + window, x : x + window] for y, x in corners]
+    views = [preprocess(cut, segmentor.clip) for cut in (*cuts, _resize(pixels, window)[0])]
 
     def merge(rows: list[Tensor]) -> Tensor:
         """Logits are resized, then squashed to 0..1; windows averaged where they overlap, then with the whole view."""
@@ -336,7 +451,7 @@ def _window_views(
         last = _resize_maps(_resize_maps(rows[-1], window).sigmoid_(), size)
         return _resize_maps(summed.div_(count).add_(last).div_(2), output)
 
-    return views, merge, 4 * (2 * size**2 + 2 * window**2 + output[0] * output[1])
+    return _Task(views, merge, 4 * (2 * size**2 + 2 * window**2 + output[0] * output[1]), output, pixels.device)
 
 
 def window_starts(size: int, window: int, overlap: float) -> list[int]:
