@@ -45,6 +45,10 @@ _Memory = Annotated[
     ),
 ]
 _Precision = Annotated[str, typer.Option(help="Of matrix products: fp32, bf16, or fp16 on a GPU.")]
+_TrainedModel = Annotated[Path, typer.Argument(help="A run, or a model folder.")]
+_ModelFolder = Annotated[Path, typer.Argument(help="Folder for the model.")]
+_PublishedFile = Annotated[Path, typer.Argument(help="The file, such as model_final.pth.")]
+_MaskClasses = Annotated[str, typer.Option(help="Training classes: a shipped list or a file. Default: COCO's.")]
 
 
 def main() -> None:
@@ -268,7 +272,7 @@ def data_convert(
 @_guarded
 def convert_from_catseg(
     checkpoint: Annotated[Path, typer.Argument(help="model_final.pth of the published CAT-Seg.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the model.")],
+    out: _ModelFolder,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Settings that weights cannot tell: model.num_heads=8."),
@@ -290,8 +294,8 @@ def convert_from_catseg(
 @convert_app.command("to-catseg")
 @_guarded
 def convert_to_catseg(
-    model: Annotated[Path, typer.Argument(help="A run, or a model folder.")],
-    out: Annotated[Path, typer.Argument(help="The file, such as model_final.pth.")],
+    model: _TrainedModel,
+    out: _PublishedFile,
 ) -> None:
     """Write a model in the form that the published CAT-Seg code loads."""
     from infoclip.convert import write_catseg
@@ -303,12 +307,12 @@ def convert_to_catseg(
 @_guarded
 def convert_from_maftplus(
     checkpoint: Annotated[Path, typer.Argument(help="model_final.pth of the published MAFT+.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the model.")],
+    out: _ModelFolder,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Settings that weights cannot tell: mask.panoptic=true."),
     ] = None,
-    classes: Annotated[str, typer.Option(help="Training classes: a shipped list or a file. Default: COCO's.")] = "",
+    classes: _MaskClasses = "",
 ) -> None:
     """Turn a published MAFT+ checkpoint into a model folder; every entry is accounted for."""
     _convert_masks("maftplus", checkpoint, out, overrides, classes)
@@ -318,11 +322,11 @@ def convert_from_maftplus(
 @_guarded
 def convert_from_fcclip(
     checkpoint: Annotated[Path, typer.Argument(help="model_final.pth of the published FC-CLIP.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the model.")],
+    out: _ModelFolder,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that weights cannot tell.")
     ] = None,
-    classes: Annotated[str, typer.Option(help="Training classes: a shipped list or a file. Default: COCO's.")] = "",
+    classes: _MaskClasses = "",
 ) -> None:
     """Turn a published FC-CLIP checkpoint into a model folder; every entry is accounted for."""
     _convert_masks("fcclip", checkpoint, out, overrides, classes)
@@ -342,8 +346,8 @@ def _convert_masks(system: str, checkpoint: Path, out: Path, overrides: list[str
 @convert_app.command("to-maftplus")
 @_guarded
 def convert_to_maftplus(
-    model: Annotated[Path, typer.Argument(help="A run, or a model folder.")],
-    out: Annotated[Path, typer.Argument(help="The file, such as model_final.pth.")],
+    model: _TrainedModel,
+    out: _PublishedFile,
 ) -> None:
     """Write a model in the form that the published MAFT+ code loads."""
     from infoclip.convert import write_masks
@@ -354,8 +358,8 @@ def convert_to_maftplus(
 @convert_app.command("to-fcclip")
 @_guarded
 def convert_to_fcclip(
-    model: Annotated[Path, typer.Argument(help="A run, or a model folder.")],
-    out: Annotated[Path, typer.Argument(help="The file, such as model_final.pth.")],
+    model: _TrainedModel,
+    out: _PublishedFile,
 ) -> None:
     """Write a model in the form that the published FC-CLIP code loads."""
     from infoclip.convert import write_masks

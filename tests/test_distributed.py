@@ -51,20 +51,20 @@ def stopped(config: Config, out: Path, after: int) -> None:
     """A run that ends by an interrupt; the checkpoint is that of step 2."""
     from infoclip.engine import train as module
 
-    step = module._Run._train_step
+    step = module.Run._train_step
 
     def counted(self: Any) -> Any:
         if self.step == after:
             raise KeyboardInterrupt
         return step(self)
 
-    module._Run._train_step = counted  # type: ignore[method-assign]
+    module.Run._train_step = counted  # type: ignore[method-assign]
     try:
         train(config, out, progress=False)
     except KeyboardInterrupt:
         pass
     finally:
-        module._Run._train_step = step  # type: ignore[method-assign]
+        module.Run._train_step = step  # type: ignore[method-assign]
 
 
 def short_once(config: Config, out: Path, at: int, rank: int) -> None:
@@ -73,7 +73,7 @@ def short_once(config: Config, out: Path, at: int, rank: int) -> None:
 
     from infoclip.engine import train as module
 
-    forward, left = module._Run._forward, [1]
+    forward, left = module.Run._forward, [1]
 
     def failing(self: Any, *args: Any) -> Any:
         if self.step == at and dist.get_rank() == rank and left[0]:
@@ -81,11 +81,11 @@ def short_once(config: Config, out: Path, at: int, rank: int) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return forward(self, *args)
 
-    module._Run._forward = failing  # type: ignore[method-assign]
+    module.Run._forward = failing  # type: ignore[method-assign]
     try:
         train(config, out, progress=False)
     finally:
-        module._Run._forward = forward  # type: ignore[method-assign]
+        module.Run._forward = forward  # type: ignore[method-assign]
 
 
 def caught(work: Any, *args: Any, **options: Any) -> str:

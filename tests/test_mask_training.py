@@ -149,14 +149,14 @@ def test_the_teacher_is_steady_unless_asked(tmp_path: Path) -> None:
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    step = engine._Run._train_step
+    step = engine.Run._train_step
 
     def limited(self: Any) -> Any:
         if self.step == steps:
             raise KeyboardInterrupt
         return step(self)
 
-    monkeypatch.setattr(engine._Run, "_train_step", limited)
+    monkeypatch.setattr(engine.Run, "_train_step", limited)
 
 
 @pytest.mark.parametrize(

@@ -143,9 +143,9 @@ def test_micro_batches_give_the_batch(
     config = tiny_config(data, AlignConfig(method=method, samples="pixel"), steps=1, ignored=ignored)  # type: ignore[arg-type]
     config = apply_overrides(config, ["data.batch_size=4", "data.workers=0"])
     train(config, tmp_path / "whole", progress=False)
-    use = engine._Run._use
+    use = engine.Run._use
     monkeypatch.setattr(
-        engine._Run, "_use", lambda self, settings: use(self, dataclasses.replace(settings, micro_batch=3))
+        engine.Run, "_use", lambda self, settings: use(self, dataclasses.replace(settings, micro_batch=3))
     )
     train(config, tmp_path / "parts", progress=False)
     a, b = (read_log(tmp_path / name / "log.jsonl")[0] for name in ("whole", "parts"))
@@ -172,7 +172,7 @@ def test_modes_that_recompute_clip_give_the_same_step(data: Path, tmp_path: Path
 
 def run_out(monkeypatch: pytest.MonkeyPatch, step: int, times: int, error: BaseException) -> None:
     """Memory runs out in the backward pass of a step, some times."""
-    forward, left = engine._Run._forward, [times]
+    forward, left = engine.Run._forward, [times]
 
     def failing(self: Any, *args: Any) -> Any:
         terms, draw = forward(self, *args)
@@ -182,7 +182,7 @@ def run_out(monkeypatch: pytest.MonkeyPatch, step: int, times: int, error: BaseE
             raise error
         return terms, draw
 
-    monkeypatch.setattr(engine._Run, "_forward", failing)
+    monkeypatch.setattr(engine.Run, "_forward", failing)
 
 
 SHORTAGES = [
@@ -296,7 +296,7 @@ def test_a_run_with_a_budget_resumes_with_its_plan(
     train(config, tmp_path / "whole", progress=True)
     assert "memory plan: fast" in capsys.readouterr().err
     assert read_events(tmp_path / "whole" / "log.jsonl")[0]["event"] == "memory plan"
-    step, left = engine._Run._train_step, [3]
+    step, left = engine.Run._train_step, [3]
 
     def stop(self: Any) -> Any:
         if not left[0]:
@@ -305,7 +305,7 @@ def test_a_run_with_a_budget_resumes_with_its_plan(
         return step(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._Run, "_train_step", stop)
+        patch.setattr(engine.Run, "_train_step", stop)
         with pytest.raises(KeyboardInterrupt):
             train(config, tmp_path / "cut", progress=False)
     monkeypatch.setattr(engine, "make_plan", lambda *args: pytest.fail("planned again"))
@@ -326,7 +326,7 @@ def test_a_first_step_over_the_budget_lowers_the_settings(
 ) -> None:
     config = apply_overrides(tiny_config(data, steps=2), ["model.memory=2GiB"])
     seen = iter([2**30, 2**40, 2**40])
-    monkeypatch.setattr(engine._Run, "_peak", lambda self: next(seen, 2**40))
+    monkeypatch.setattr(engine.Run, "_peak", lambda self: next(seen, 2**40))
     with pytest.warns(InfoclipWarning, match="the first step took .* goes on with balanced"):
         train(config, tmp_path / "run", progress=False)
 

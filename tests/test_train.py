@@ -39,7 +39,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Interrupt the next training in this process after some steps."""
     from infoclip.engine import train as module
 
-    original = module._Run._train_step
+    original = module.Run._train_step
     left = [steps]
 
     def step(self: Any) -> Any:
@@ -48,7 +48,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
         left[0] -= 1
         return original(self)
 
-    monkeypatch.setattr(module._Run, "_train_step", step)
+    monkeypatch.setattr(module.Run, "_train_step", step)
 
 
 # What a run leaves
@@ -370,7 +370,7 @@ def test_on_an_accelerator_the_flag_waits_for_the_next_check(tmp_path: Path) -> 
     """The path that leaves no step waiting, run here on CPU tensors: the first bad step is kept, with its files."""
     from types import SimpleNamespace
 
-    from infoclip.engine.train import _Run
+    from infoclip.engine.train import Run
 
     run: Any = SimpleNamespace(
         ranks=Ranks(),
@@ -380,15 +380,15 @@ def test_on_an_accelerator_the_flag_waits_for_the_next_check(tmp_path: Path) -> 
         checkpoints=tmp_path,
         step=0,
     )
-    run._stop = lambda step, loss: _Run._stop(run, step, loss)
+    run._stop = lambda step, loss: Run._stop(run, step, loss)
     for run.step, (loss, norm) in enumerate([(1.0, 1.0), (1.0, 2.0), (1.0, float("inf")), (float("nan"), 1.0)]):
         if run.step == 2:
-            _Run._check(run)  # nothing yet, and what was good is forgotten
+            Run._check(run)  # nothing yet, and what was good is forgotten
             assert run.recent == []
         run.recent.append((run.step, [f"{run.step}.png"]))
-        _Run._watch(run, torch.tensor(loss), {"joint": torch.tensor(norm)})
+        Run._watch(run, torch.tensor(loss), {"joint": torch.tensor(norm)})
     with pytest.raises(NonFiniteLossError, match=r"not finite at step 3, batch 2\.png; there is no checkpoint yet"):
-        _Run._check(run)
+        Run._check(run)
 
 
 def test_bad_data_leaves_no_run_behind(data: Path, tmp_path: Path) -> None:

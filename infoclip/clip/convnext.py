@@ -143,7 +143,7 @@ class ConvNeXtCLIP(TextCLIP):
         for stage in trunk.stages:
             x = stage.downsample(x)
             for block in stage.blocks:
-                x = block(x) if mode == "reference" else region(mode, block, x)
+                x = region(mode, block, x)
             maps.append(x)
         res2, res3, res4, res5 = maps
         return ConvNeXtFeatures(res2, res3, res4, res5, trunk.norm_pre(x))

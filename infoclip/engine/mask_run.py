@@ -20,7 +20,7 @@ from infoclip.data.objects import Objects, object_masks
 from infoclip.data.transforms import derive_seed
 from infoclip.engine.distributed import WholeBatch
 from infoclip.engine.planner import Plan, make_mask_plan
-from infoclip.engine.train import _fingerprint, _panel, _Run
+from infoclip.engine.train import Run, fingerprint, panel
 from infoclip.errors import InfoclipWarning
 
 __all__ = ["MaskRun", "shares"]
@@ -29,7 +29,7 @@ _KINDS = {"loss_ce": "class", "loss_mask": "mask", "loss_dice": "dice"}
 """Names in the log of the set criterion's losses, each summed over the decoder's layers."""
 
 
-class MaskRun(_Run):
+class MaskRun(Run):
     """Set criterion on the proposals of every layer; for MAFT+ the mask-aware loss and, where CLIP learns, the
     representation compensation against a frozen copy."""
 
@@ -48,7 +48,7 @@ class MaskRun(_Run):
             self.teacher = clip.frozen_copy()
             self.teacher.drop_path = config.mask.teacher_drop_path
             self.teacher.train(config.mask.teacher_drop_path)
-            self.teacher_hash = _fingerprint(self.teacher)
+            self.teacher_hash = fingerprint(self.teacher)
         self.crowded = False
 
     def _make_plan(self, budget: int) -> Plan:
@@ -143,7 +143,7 @@ class MaskRun(_Run):
                 ]
             )
             fine = coarse.repeat_interleave(4, dim=1).repeat_interleave(4, dim=2)
-            return _panel(batch["image"], batch["mask"], fine[:, :height, :width], self.classes)
+            return panel(batch["image"], batch["mask"], fine[:, :height, :width], self.classes)
 
         return terms, draw
 

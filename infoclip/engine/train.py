@@ -50,7 +50,8 @@ from infoclip.workers import joined, run_in_processes
 if TYPE_CHECKING:
     from infoclip.clip import DenseCLIP
 
-__all__ = ["FREE_KEYS", "TrainResult", "choose_classes", "train", "training_data"]
+__all__ = ["FREE_KEYS", "Run", "TrainResult", "build_run", "choose_classes", "fingerprint", "panel", "train",
+           "training_data"]  # fmt: skip
 
 FREE_KEYS = frozenset(
     {
@@ -136,10 +137,10 @@ def train(
                     run.close()
 
 
-def build_run(config: Config, out: Path, device: torch.device, ranks: Ranks | None = None) -> _Run:
+def build_run(config: Config, out: Path, device: torch.device, ranks: Ranks | None = None) -> Run:
     """The run of a config's system, with its data read and its model built; errors as :func:`train`'s."""
     if config.system == "catseg":
-        return _Run(config, out, device, ranks)
+        return Run(config, out, device, ranks)
     from infoclip.engine.mask_run import MaskRun
 
     return MaskRun(config, out, device, ranks)
@@ -203,7 +204,7 @@ def choose_classes(present: Tensor, total: int, limit: int, seed: int, step: int
     return torch.cat([present, others[: max(0, limit - len(present))]]).sort().values
 
 
-class _Run:
+class Run:
     """One run: its parts, the loop, and what a checkpoint holds."""
 
     def __init__(self, config: Config, out: Path, device: torch.device, ranks: Ranks | None = None) -> None:
@@ -275,7 +276,7 @@ class _Run:
             from infoclip.objective import AlignmentObjective
 
             self.teacher = clip.frozen_copy()
-            self.teacher_hash = _fingerprint(self.teacher)
+            self.teacher_hash = fingerprint(self.teacher)
             self.objective = AlignmentObjective(config.align, clip.embed_dim).to(device).train()
             self.ranks.same_weights(self.objective)
             self.teacher_text = TextBank(self.teacher, self.templates, text_cache_dir())(self.classes)  # [T, P, d]
@@ -602,7 +603,7 @@ class _Run:
         def draw() -> Any:
             guess = torch.stack([best_class(x.float(), batch["mask"].shape[-2:]) for x in first]).cpu()
             # indices of the whole list, so that a class keeps its colour from step to step
-            return _panel(batch["image"], batch["mask"], guess if chosen is None else chosen[guess], self.classes)
+            return panel(batch["image"], batch["mask"], guess if chosen is None else chosen[guess], self.classes)
 
         return terms, draw
 
@@ -834,7 +835,7 @@ def _pixels(dense: Tensor) -> Tensor:  # [B, d, h, w] -> [B, n, d]
     return dense.flatten(2).transpose(1, 2).float()
 
 
-def _fingerprint(module: torch.nn.Module) -> str:
+def fingerprint(module: torch.nn.Module) -> str:
     """Hash of the module's weights."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
@@ -843,7 +844,7 @@ def _fingerprint(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _panel(
+def panel(
     image: Tensor,  # [B, 3, H, W] uint8
     truth: Tensor,  # [B, H, W]
     guess: Tensor,  # [b, H, W], the first b

@@ -7,7 +7,7 @@ Three exact re-associations, on the parameters of the plain modules (which stay 
 - a transposed 2x2 convolution followed by a 3x3 convolution is one transposed 4x4 convolution of stride 2;
 - window attention never stores its probabilities (:mod:`infoclip.model.stages`).
 
-At the published size (171 classes, a 24 x 24 grid, C = 128) the forward takes 323 GFLOP where the plain form takes
+At the published size (171 classes, a 24 x 24 grid, C = 128) the forward takes 320 GFLOP where the plain form takes
 433; a test counts them.
 
 Sizes: ``B`` images, ``T`` classes, ``H x W`` grid, ``C`` channels, ``G`` guidance channels.

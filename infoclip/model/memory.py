@@ -25,7 +25,6 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 __all__ = ["MODES", "MemoryMode", "check_memory", "class_chunk", "region"]
@@ -83,12 +82,13 @@ def class_chunk(mode: str, chunk: int, classes: int, device: torch.device) -> in
     return min(size or classes, classes)
 
 
-def region(mode: str, function: Callable[..., Out], *inputs: Tensor | None) -> Out:
+def region(mode: str, function: Callable[..., Out], *inputs: Any) -> Out:
     """``function(*inputs)``, of which the backward pass finds the inputs and what ``mode`` keeps.
 
-    ``function`` draws no random numbers. In the modes that keep anything the region's graph can be used once.
+    ``function`` draws no random numbers. In the modes that keep anything the region's graph can be used once;
+    ``reference`` keeps whatever autograd does.
     """
-    if not torch.is_grad_enabled():
+    if mode == "reference" or not torch.is_grad_enabled():
         return function(*inputs)
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     kept = frozenset(_operators(mode))

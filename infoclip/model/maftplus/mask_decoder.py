@@ -156,17 +156,14 @@ class MaskDecoder(nn.Module):
 
         proposals = []
         for i in range(len(self.transformer_ffn_layers) + 1):
-            logits, masks = self._run(self._predict, x, mask_features, text, synonyms)
+            logits, masks = region(self.memory, self._predict, x, mask_features, text, synonyms)
             proposals.append(Proposals(logits, masks))
             if i == len(self.transformer_ffn_layers):
                 return proposals
             level = i % LEVELS
             seen = _attention_mask(masks, sizes[level])
-            x = self._run(self._layer, i, x, position, keys[level], values[level], seen)
+            x = region(self.memory, self._layer, i, x, position, keys[level], values[level], seen)
         raise AssertionError("unreachable")
-
-    def _run(self, function, *inputs):  # type: ignore[no-untyped-def]
-        return function(*inputs) if self.memory == "reference" else region(self.memory, function, *inputs)
 
     def _layer(self, i: int, x: Tensor, position: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
         x = self.transformer_cross_attention_layers[i](x, position, keys, values, seen)

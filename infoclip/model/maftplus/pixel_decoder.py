@@ -208,14 +208,14 @@ class PixelDecoder(nn.Module):
         )  # [S, C]
         points = reference_points(shapes, x.device).to(x.dtype)
         for layer in self.transformer.encoder.layers:
-            if self.memory == "reference":
-                x = layer(x, position, points, shapes)
-            else:
-                x = region(self.memory, layer, x, position, points, shapes)  # type: ignore[arg-type]
+            x = region(self.memory, layer, x, position, points, shapes)
         out = [
             part.mT.unflatten(2, shape)
             for part, shape in zip(x.split([h * w for h, w in shapes], dim=1), shapes, strict=True)
         ]
         fine = self.adapter_1(maps[0])
         fine = fine + F.interpolate(out[-1], size=fine.shape[2:], mode="bilinear", align_corners=False)
-        return self.mask_features(F.relu(self.layer_1(fine))), out
+        return region(self.memory, self._finish, fine), out
+
+    def _finish(self, fine: Tensor) -> Tensor:  # [B, C, h, w] -> [B, C, h, w]
+        return self.mask_features(F.relu(self.layer_1(fine)))
