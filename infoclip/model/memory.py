@@ -98,8 +98,6 @@ def region(mode: str, function: Callable[..., Out], *inputs: Any) -> Out:
             # The product that narrows a hidden layer is the last of its region: what it gives is the region's output
             # but for a sum, so that nothing before it needs it, and the recomputation ends before it.
             last = operator is _aten.addmm.default and inputs[1].shape[-1] > inputs[2].shape[-1]
-            # balanced: not the maps of the folded up-sampling either, the decoder's largest for their arithmetic.
-            last = last or (mode == "balanced" and operator is _aten.convolution.default and inputs[1].shape[-1] == 2)
             return CheckpointPolicy.MUST_SAVE if operator in kept and not last else CheckpointPolicy.PREFER_RECOMPUTE
 
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
