@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -205,6 +206,28 @@ def caught_launches(target: int) -> Iterator[list[Launch]]:
         driver._active = active  # none yet, perhaps: reset_active() would look for a GPU
 
 
+@contextmanager
+def parsing_in_turn() -> Iterator[None]:
+    """One thread at a time turns a kernel's source into a syntax tree.
+
+    Python 3.11 counts the depth of all threads' trees in one variable, so that two at once now and then end in
+    ``SystemError: AST constructor recursion depth mismatch``.
+    """
+    from triton.runtime import jit
+
+    lock, parse = threading.Lock(), jit.JITFunction.parse
+
+    def parse_alone(self: Any) -> Any:
+        with lock:
+            return parse(self)
+
+    jit.JITFunction.parse = parse_alone
+    try:
+        yield
+    finally:
+        jit.JITFunction.parse = parse
+
+
 def compile_triton(launch: Launch, target: int) -> dict[str, Any]:
     """Facts of the machine code: ``shared``, ``threads``, ``ptx``, and of ``look_at``."""
     import triton
@@ -269,7 +292,7 @@ def triton_rows(op: str, calls: Sequence[AotCall], targets: Sequence[int] = TRIT
         return Row(op, "triton", name, call.name, f"sm_{target}", matrix=matrix, launches=times, **facts).judge()
 
     # Triton releases the lock of the interpreter in its passes, and ptxas is a program.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with parsing_in_turn(), ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(one, wanted.items()))
 
 

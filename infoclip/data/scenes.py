@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -296,7 +297,7 @@ class _Draws:
             gap = torch.full((self.n, _CANDIDATES), float("inf"))
             for j in range(k):
                 step = places[:, k] - chosen[j][:, None]  # [n, K, 2]
-                distance = (step[..., 0] * step[..., 0] + step[..., 1] * step[..., 1]).sqrt()
+                distance = _sqrt(step[..., 0] * step[..., 0] + step[..., 1] * step[..., 1])
                 gap = torch.minimum(gap, distance - (radius[:, k] + radius[:, j])[:, None])
             best = gap.argmax(dim=1)
             chosen.append(places[torch.arange(self.n), k, best])
@@ -353,7 +354,7 @@ def _distance(plan: _Plan, slot: int, axis: Tensor) -> tuple[Tensor, Tensor, Ten
             continue
         a, b, r = u[rows], v[rows], radius[rows]
         if SHAPES[index] == "circle":
-            d = (a * a + b * b).sqrt() - r
+            d = _sqrt(a * a + b * b) - r
         elif SHAPES[index] == "square":
             d = torch.maximum(a.abs(), b.abs()) - r * _SQUARE_HALF
         elif SHAPES[index] == "triangle":  # three half planes; the tip points up
@@ -384,12 +385,17 @@ def _object_colour(plan: _Plan, slot: int, distance: Tensor, u: Tensor, v: Tenso
     stripe = ((wave - 0.25) * period + 0.5).clamp(0, 1)
     period = _DOT_PERIOD * scale
     du, dv = _sawtooth(u / period + phase_x) * period, _sawtooth(v / period + phase_y) * period
-    dot = (_DOT_RADIUS * scale - (du * du + dv * dv).sqrt() + 0.5).clamp(0, 1)
+    dot = (_DOT_RADIUS * scale - _sqrt(du * du + dv * dv) + 0.5).clamp(0, 1)
     kind = texture[:, None, None]
     share = torch.where(kind == 1, stripe, torch.where(kind == 2, dot, torch.zeros(())))[:, None]  # [m, 1, S, S]
     rgb = base[..., None, None] * (1 - share) + second[..., None, None] * share
     rim = (1 - 0.42 * (distance + 1.6 * scale).clamp(0, 1))[:, None]
     return rgb * rim
+
+
+def _sqrt(x: Tensor) -> Tensor:  # float32 of any shape
+    """The square root that IEEE 754 fixes: torch's own is MKL's, whose last bit depends on the processor."""
+    return torch.from_numpy(np.sqrt(x.numpy()))
 
 
 def _sawtooth(x: Tensor) -> Tensor:
@@ -663,7 +669,6 @@ def _write_json(path: Path, data: Any) -> None:
 
 def _write_png(path: Path, pixels: Tensor, mode: _Mode) -> None:  # [S, S, 3] or [S, S] uint8
     """Write a picture unless it is already there; a readable file with other pixels is refused."""
-    import numpy as np
     from PIL import Image
 
     array = pixels.numpy()
