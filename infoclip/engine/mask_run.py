@@ -125,8 +125,7 @@ class MaskRun(Run):
             loss = mask_aware_loss(output.clip_logits, output.masks, labels, masks)
             terms["mask_aware"] = config.mask_aware_weight * loss
         if self.teacher is not None:
-            with torch.no_grad(), self._autocast():
-                dense = self.teacher.encode_image(pixels).dense
+            dense = self._teacher_features(pixels)
             loss = representation_compensation(output.dense, dense, kernel_from=config.compensation_kernel)
             terms["compensation"] = config.compensation_weight * loss
         logits, proposed = (x[:4].detach() for x in (self._class_logits(output), output.masks))

@@ -565,6 +565,12 @@ class Run:
             return torch.cuda.max_memory_reserved(self.device)
         return int(peak_memory_mib("cpu") * 2**20)
 
+    def _teacher_features(self, image: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, d, h, w]
+        """The frozen teacher's dense features in the compute dtype, made under inference mode."""
+        with torch.inference_mode(), self._autocast():
+            dense = self.teacher.encode_image(image).dense
+        return dense.clone()  # a tensor made under inference mode cannot be kept for a backward pass
+
     def _forward(self, batch: dict[str, Any], text: Tensor, chosen: Tensor | None) -> tuple[dict[str, Tensor], Any]:
         """The losses of a batch by name (``loss`` is their sum), and a function that draws it."""
         from infoclip.kernels.upsample_bce import upsample_bce
@@ -585,8 +591,7 @@ class Run:
         if self.teacher is not None and self.objective is not None and self.step >= config.align.start_step:
             from infoclip.objective import Embeddings
 
-            with torch.no_grad(), self._autocast():
-                dense = self.teacher.encode_image(image).dense
+            dense = self._teacher_features(image)
             teacher_text = self.teacher_text if chosen is None else self.teacher_text[chosen.to(self.device)]
             pixels = [_pixels(output.dense), _pixels(dense)]
             if self.coupled:
