@@ -34,8 +34,8 @@ demo: setup ## Fine-tune the shipped CLIP without and with InfoCLIP's objective;
 demo-maftplus: setup ## FC-CLIP, naive fine-tuning and MAFT+ on the same scenes, InfoCLIP beside them; PQ too (DEMO="--seeds 0,1,2")
 	@$(BIN)/infoclip demo --system maftplus --out runs/demo-maftplus $(DEMO)
 
-test: lint ## Lint, types and the whole test suite (PYTEST="-k cost_volume" for a part)
-	@$(BIN)/python -m pytest $(PYTEST)
+test: lint ## Lint, types and the whole test suite, two files at a time (PYTEST="-k cost_volume" for a part, "-n 0" for one)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
 
 fuzz: setup ## Thousands of damaged and lying files through every reader, 8 minutes at most (FUZZ="--seed 1")
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --inputs 5600 --seconds 480 $(FUZZ)

@@ -517,11 +517,17 @@ def _convnext_name(state: Mapping[str, Tensor]) -> str:
     from infoclip.clip.architecture import model_config, read_convnext
 
     given = {k.removeprefix(_MASK_CLIP): v.shape for k, v in state.items() if k.startswith(_MASK_CLIP)}
+    names = ("positional_embedding", "token_embedding.weight", "text_projection")
+    text = [tuple(given.get(name, ())) for name in names]
     others = [name for name in open_clip.list_models() if "convnext" in name and name not in _CONVNEXTS]
     for name in (*_CONVNEXTS, *others):
+        config = model_config(name)[0]
+        length, words, width = (config["text_cfg"].get(name) for name in ("context_length", "vocab_size", "width"))
+        if text != [(length, width), (words, width), (width, config["embed_dim"])]:
+            continue  # at a glance: to build one takes a second
         try:
             with torch.device("meta"):
-                clip = ConvNeXtCLIP(read_convnext(model_config(name)[0], name))
+                clip = ConvNeXtCLIP(read_convnext(config, name))
         except ConfigError:
             continue
         if {k: v.shape for k, v in clip.stock_state_dict().items()} == given:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from infoclip.cli import app
 from infoclip.model.checkpoint import save_model
-from infoclip.model.segmentor import Segmentor, build_segmentor
+from infoclip.model.segmentor import build_segmentor
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = ["train-coco-stuff", "evaluate-benchmarks", "own-data", "published-weights", "predict-and-export", "small-gpu",
@@ -56,20 +56,21 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     segmentor = build_segmentor(config)
     save_model(segmentor, config, ["person", "tree"], tmp_path / "runs/b16/model")
     torch.save({"model": segmentor.published_state_dict()}, "model_final.pth")
-    _small_published(monkeypatch, segmentor)
+    _small_published(monkeypatch)
     return tmp_path
 
 
-def _small_published(monkeypatch: pytest.MonkeyPatch, segmentor: Segmentor) -> None:
+def _small_published(monkeypatch: pytest.MonkeyPatch) -> None:
     """The published file stands for one of ViT-B/16: a small one's CLIP is in no list of open_clip's."""
     import infoclip.convert as convert
 
-    read = convert.read_catseg
+    read = convert._catseg
 
-    def with_clip(path, overrides=(), classes="coco_stuff_171"):  # type: ignore[no-untyped-def]
-        return read(path, ["clip.model=tiny_clip.json", "model.num_heads=2", "model.pad_len=8", *overrides], classes)
+    def with_clip(path, state, left_out, overrides, names):  # type: ignore[no-untyped-def]
+        known = ["clip.model=tiny_clip.json", "model.num_heads=2", "model.pad_len=8"]
+        return read(path, state, left_out, [*known, *overrides], names)
 
-    monkeypatch.setattr(convert, "read_catseg", with_clip)
+    monkeypatch.setattr(convert, "_catseg", with_clip)
 
 
 def run(line: str, place: Path) -> str:
