@@ -6,6 +6,7 @@
     python -m bench bounds    what the aggregation computes and keeps, counted    (bench/bounds.py)
     python -m bench plan      a training step's memory beside its budget          (bench/plan.py)
     python -m bench inference a picture: ours against the plain form, memory      (bench/inference.py)
+    python -m bench curves    the loss of two trainings, plain and fast           (bench/curves.py)
     python -m bench step      a whole training step, against the plain form       (bench/step.py)
 
 A suite is a file ``bench/suite_<op>.py``; ``all`` runs every one on pytest-benchmark. The op's tests must pass and a
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-COMMANDS = ("report", "errors", "aot", "bounds", "plan", "inference", "step")
+COMMANDS = ("report", "errors", "aot", "bounds", "plan", "inference", "curves", "step")
 """Modules of this folder with a ``main``."""
 
 

@@ -66,7 +66,8 @@ def run_case(case: Case, overrides: list[str], steps: int = 1) -> dict[str, Any]
         for i in range(case.batch):
             pixels = random.integers(0, 256, (384, 384, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"images/{i}.png")
-            labels = random.integers(0, min(case.classes, 200), (384, 384), dtype=np.uint8)
+            depth = np.uint8 if case.classes < 255 else np.uint16
+            labels = random.integers(0, case.classes, (384, 384), dtype=depth)
             Image.fromarray(labels).save(folder / f"masks/{i}.png")
         (folder / "classes.txt").write_text("\n".join(f"kind of thing {i}" for i in range(case.classes)) + "\n")
         config = apply_overrides(
@@ -75,7 +76,8 @@ def run_case(case: Case, overrides: list[str], steps: int = 1) -> dict[str, Any]
                 "clip.pretrained=", "data.kind=folders", "data.images=images", "data.masks=masks", "data.workers=0",
                 f"data.root={folder}", f"data.classes={folder / 'classes.txt'}", f"data.batch_size={case.batch}",
                 "align.samples=pixel", f"model.memory={case.budget}", f"train.steps={steps}", "train.log_every=1",
-                "train.image_every=0", "train.device=cpu", *overrides,
+                f"data.ignore_index={255 if case.classes < 255 else 65535}", "train.image_every=0", "train.device=cpu",
+                *overrides,
             ],
         )  # fmt: skip
         before, start = psutil.Process().memory_info().rss, time.perf_counter()

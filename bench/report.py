@@ -251,7 +251,7 @@ def _plain(axis: Any) -> None:
         each.set_minor_formatter(NullFormatter())
 
 
-def _save(figure: Figure, file: Path) -> list[Path]:
+def save(figure: Figure, file: Path) -> list[Path]:
     import matplotlib as mpl
 
     files = [file.with_suffix(".png"), file.with_suffix(".svg")]
@@ -379,7 +379,7 @@ def plots(found: Results, folder: Path) -> list[Path]:
         }
         for name, figure in figures.items():
             if figure is not None:
-                files += _save(figure, folder / f"{name}.{device}.png")
+                files += save(figure, folder / f"{name}.{device}.png")
     return files
 
 

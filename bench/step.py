@@ -6,7 +6,11 @@ plain form is the published code's way: the aggregation as specified (``referenc
 the whole text context of 77 tokens. Of MAFT+ the step is CLIP student and teacher, both decoders, matching, criterion,
 mask-aware and compensation loss; its plain form also takes the published code's second, identical pass through the
 student, and resizes every proposal to the picture for the overlaps. Weights stay as they are (learning rates of 0, the
-same arithmetic), so that every form must give the same loss. Forms take turns; the ratio is of medians.
+same arithmetic), so that every form must give the same loss. Forms take turns; the ratio is of medians. ``compiled``
+is the plain form through ``torch.compile``.
+
+The floor is what the step's matrix products and convolutions take at the machine's measured matrix rate, in the form
+that has the fewest (``fast``), counted by torch's dispatcher.
 """
 
 from __future__ import annotations
@@ -31,9 +35,10 @@ import torch
 
 from bench.peak import give_back, reset_peak, resident
 
-__all__ = ["Form", "main", "time_steps"]
+__all__ = ["Form", "main", "plain_code", "time_steps"]
 
 MODES = ("plain", "fast", "balanced", "lean")
+FORMS = (*MODES, "compiled")
 RECIPES = {
     "vitb16": "infoclip-vitb16-coco",
     "vitl14": "infoclip-vitl14-coco",
@@ -116,21 +121,65 @@ def _write_data(folder: Path, names: list[str], side: int, present: int) -> None
 @contextlib.contextmanager
 def _as(run: Any, mode: str, dtype: str) -> Iterator[None]:
     """The trainer in a form and a precision."""
-    from infoclip.clip import ConvNeXtCLIP, DenseCLIP
     from infoclip.engine.planner import Settings
-    from infoclip.kernels import use_backend
 
     run.config = dataclasses.replace(
         run.config,
         train=dataclasses.replace(run.config.train, precision="bf16" if dtype == "bfloat16" else "fp32"),
     )
     with contextlib.ExitStack() as stack:
-        if mode == "plain":
-            stack.enter_context(use_backend("reference"))
-            stack.enter_context(mock.patch.object(DenseCLIP, "_cuts_context", False))
-            stack.enter_context(mock.patch.object(ConvNeXtCLIP, "encode_image", _twice(ConvNeXtCLIP.encode_image)))
-            stack.enter_context(mock.patch("infoclip.objective.mask_aware.soft_iou", _resized_iou))
-        run._use(Settings("reference" if mode == "plain" else mode, 0, run.config.data.batch_size))
+        if mode in ("plain", "compiled"):
+            stack.enter_context(plain_code())
+        if mode == "compiled":
+            if not hasattr(run, "compiled"):
+                run.compiled = torch.compile(run.segmentor.forward, dynamic=False)
+            stack.enter_context(mock.patch.object(run.segmentor, "forward", run.compiled))
+        form = "reference" if mode in ("plain", "compiled") else mode
+        run._use(Settings(form, 0, run.config.data.batch_size))
+        yield
+
+
+def least_operations(run: Any) -> int:
+    """Of a step in the form that has the fewest: matrix products, attention and convolutions, both passes."""
+    from bench.bounds import counted_flops
+    from infoclip.kernels import use_backend
+
+    with _as(run, "fast", "float32"), use_backend("reference"), counted_flops() as counter:
+        run._train_step()
+    count: int = counter.get_total_flops()
+    return count
+
+
+def matrix_rate(device: str, dtype: str) -> float:
+    """FLOP/s: of several products and a convolution the best median."""
+    from bench.harness import DTYPES, calibrated
+    from bench.measure import FORMS as PRODUCTS
+
+    best = 0.0
+    for make in PRODUCTS.values():
+        product, operations = make(device, DTYPES[dtype])
+        product, rounds = calibrated(product, device, budget=0.5)
+        seconds = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            product()
+            seconds.append(time.perf_counter() - start)
+        best = max(best, operations / statistics.median(seconds))
+    return best
+
+
+@contextlib.contextmanager
+def plain_code() -> Iterator[None]:
+    """Beside the memory mode ``reference``: ops by their references, and what the published code does in vain."""
+    from infoclip.clip import ConvNeXtCLIP, DenseCLIP
+    from infoclip.kernels import use_backend
+
+    with (
+        use_backend("reference"),
+        mock.patch.object(DenseCLIP, "_cuts_context", False),
+        mock.patch.object(ConvNeXtCLIP, "encode_image", _twice(ConvNeXtCLIP.encode_image)),
+        mock.patch("infoclip.objective.mask_aware.soft_iou", _resized_iou),
+    ):
         yield
 
 
@@ -196,27 +245,30 @@ def time_steps(run: Any, modes: list[str], dtype: str, rounds: int, shown: bool 
     return found
 
 
-def rows(found: dict[str, Form], batch: int) -> list[dict[str, Any]]:
-    """A row a form; the ratio and the least ratio that the rounds allow are to the first."""
+def rows(found: dict[str, Form], batch: int, floor: float) -> list[dict[str, Any]]:
+    """A row a form; the ratio and the least ratio that the rounds allow are to the first. ``floor`` in seconds."""
     base = next(iter(found.values()))
     return [
         {
             "mode": mode, "median_s": x.median, "seconds": x.seconds, "images_per_second": batch / x.median,
             "ratio": base.median / x.median, "least_ratio": min(base.seconds) / max(x.seconds),
-            "peak_bytes": x.peak, "loss": x.loss,
+            "of_the_floor": floor / x.median, "peak_bytes": x.peak, "loss": x.loss,
         }
         for mode, x in found.items()
     ]  # fmt: skip
 
 
 def show(table: list[dict[str, Any]]) -> None:
-    print(f"| form | median s | rounds s | images/s | x {table[0]['mode']} (at least) | peak GB | loss |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        f"| form | median s | rounds s | images/s | x {table[0]['mode']} (at least) | of the floor | peak GB | loss |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for x in table:
         each = ", ".join(f"{seconds:.2f}" for seconds in x["seconds"])
         print(
             f"| {x['mode']} | {x['median_s']:.2f} | {each} | {x['images_per_second']:.3g} "
-            f"| {x['ratio']:.2f} ({x['least_ratio']:.2f}) | {x['peak_bytes'] / 1e9:.2f} | {x['loss']:.5f} |"
+            f"| {x['ratio']:.2f} ({x['least_ratio']:.2f}) | {x['of_the_floor']:.0%} "
+            f"| {x['peak_bytes'] / 1e9:.2f} | {x['loss']:.5f} |"
         )
 
 
@@ -230,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
         "cores a round of all forms takes two minutes at 171 classes, and the plain form some 15 GB; of MAFT+ on "
         f"{SIDE} x {SIDE} pixels (data.crop) less than one.",
     )
-    parser.add_argument("--modes", default=",".join(MODES), help=f"some of {', '.join(MODES)}; the first is the base")
+    parser.add_argument("--modes", default=",".join(MODES), help=f"some of {', '.join(FORMS)}; the first is the base")
     parser.add_argument("--model", choices=RECIPES, default="vitb16", help="the recipe's CLIP (default: vitb16)")
     parser.add_argument("--classes", type=int, default=171, metavar="T", help="default: 171")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="images a step (default: 1)")
@@ -241,8 +293,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the recipe to change")
     options = parser.parse_args(argv)
     modes = [mode.strip() for mode in options.modes.split(",") if mode.strip()]
-    if not modes or set(modes) - set(MODES) or len(set(modes)) < len(modes):
-        parser.error(f"--modes {options.modes}: expected some of {', '.join(MODES)}, each once")
+    if not modes or set(modes) - set(FORMS) or len(set(modes)) < len(modes):
+        parser.error(f"--modes {options.modes}: expected some of {', '.join(FORMS)}, each once")
+    if "compiled" in modes and options.model.startswith("maftplus"):
+        parser.error("--modes compiled: expected vitb16 or vitl14; the mask decoder reads values back from the device")
     for name in ("classes", "batch", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
@@ -255,7 +309,9 @@ def main(argv: list[str] | None = None) -> int:
             run = build(
                 RECIPES[options.model], options.classes, options.batch, options.device, Path(folder), options.overrides
             )
+            rate = matrix_rate(options.device, options.dtype)
             found = time_steps(run, modes, options.dtype, options.rounds)
+            operations = least_operations(run)
         except InfoclipError as error:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
@@ -263,14 +319,17 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {error}, so there is no table.", file=sys.stderr)
             return 1
     line = machine()
-    table = rows(found, options.batch)
+    table = rows(found, options.batch, operations / rate)
     side = run.config.clip.image_size if run.config.system == "catseg" else run.config.data.crop
     what = f"{options.model}, {side} px, {options.classes} classes, batch {options.batch}"
     what += f", {options.dtype} on {options.device}"
-    print(f"{line}\n\nwhole training step, {what}\n")
+    print(f"{line}\n\nwhole training step, {what}")
+    print(f"{operations / 1e9:,.4g} GFLOP at {rate / 1e9:,.0f} GFLOP/s: floor {operations / rate:.3g} s\n")
     show(table)
     if options.json:
-        text = json.dumps({"machine": line, "case": what, "rows": table}, indent=1)
+        text = json.dumps(
+            {"machine": line, "case": what, "operations": operations, "rate": rate, "rows": table}, indent=1
+        )
         options.json.write_text(text + "\n")
     return 0
 

@@ -1,4 +1,4 @@
-"""The timed training step, at sizes of a second."""
+"""The timed training step and the curves of two trainings, at sizes of a second."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import math
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from small_models import small_mask_config
 from training_data import tiny_config, write_folders
 
-from bench import step
+from bench import curves, step
 
 TINY = [
     "clip.image_size=32", "model.hidden_dim=16", "model.num_layers=1", "model.num_heads=2", "model.window_size=2",
@@ -40,6 +41,8 @@ def test_every_form_takes_the_same_step(
         assert math.isfinite(row["loss"])
         assert row["loss"] == pytest.approx(found["rows"][0]["loss"], rel=step.SAME["float32"])
         assert row["images_per_second"] == pytest.approx(1 / row["median_s"])
+        assert row["of_the_floor"] == pytest.approx(found["operations"] / found["rate"] / row["median_s"])
+        assert 0 < row["of_the_floor"] < 1
     assert found["rows"][0]["ratio"] == 1
     assert "commit" in found["machine"]
 
@@ -85,4 +88,46 @@ def test_wrong_input(words: list[str], said: str, capsys: pytest.CaptureFixture[
     except SystemExit as stopped:
         code = int(stopped.code or 0)
     assert code == 2
+    assert said in capsys.readouterr().err
+
+
+# The curves
+
+
+def test_curves_of_two_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, picture = tmp_path / "curves.json", tmp_path / "curves.png"
+    words = ["--forms", "plain,fast,bf16", "--steps", "3", "--json", str(out), "--out", str(picture)]
+    code = curves.main([*words, "data.train_images=8", "data.batch_size=2", "data.sample_classes=6"])
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    plain, fast, bf16 = json.loads(out.read_text())["rows"]
+    assert len(plain["losses"]) == len(fast["losses"]) == 3
+    assert plain["losses"][0] == pytest.approx(fast["losses"][0], rel=1e-4)
+    assert plain["most"] == 0 < fast["most"]  # another arithmetic: the forms are not one
+    assert fast["most"] < bf16["most"]
+    assert f"| fast | {fast['losses'][-1]:.4f} | {fast['first']:.1e} |" in printed.out
+    with Image.open(picture) as image:
+        assert min(image.size) > 400
+    assert "relative difference" in picture.with_suffix(".svg").read_text()
+
+
+def test_a_curve_of_another_training_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    losses = {"plain": [1.0, 0.5, 0.25], "lean": [1.0, 0.502, 0.25]}
+    monkeypatch.setattr(curves, "curve", lambda form, *_: losses[form])
+    assert curves.main(["--forms", "plain,lean", "--steps", "3"]) == 1
+    assert "lean is not plain: a loss of the first steps is 4.0e-03 away" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--forms", "plain"], "expected two or more of plain, fast"),
+        (["--forms", "plain,quick"], "expected two or more of plain, fast"),
+        (["--steps", "0"], "--steps: expected at least 1, got 0"),
+    ],
+)
+def test_wrong_input_of_curves(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        curves.main(words)
+    assert ended.value.code == 2
     assert said in capsys.readouterr().err
