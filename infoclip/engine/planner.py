@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 __all__ = ["Footprint", "Plan", "Settings", "budget_of", "count_mask_step", "count_step", "couples", "lower",
            "make_mask_plan", "make_plan", "shared_bytes"]  # fmt: skip
 
-SHARE, CONSTANT = 0.1, 128 * 2**20
-"""On top of the counted bytes: of all that is not weights, gradients or moments, and for libraries."""
+SHARE, CONSTANT, AGAIN = 0.1, 128 * 2**20, 192 * 2**20
+"""On top of the counted bytes: of all that is not weights, gradients or moments; for libraries; where activations are
+computed again, for the holes that what lives for a moment leaves in malloc's heap (``python -m bench plan``)."""
 COST = {"fast": 1.0, "balanced": 1.25, "lean": 1.35}
 """Time of a step by its counted arithmetic, with CLIP's; orders the choices."""
 HALVING = 1.03
@@ -76,12 +77,12 @@ class Footprint:
     """Of one micro-batch, between its forward and its backward pass."""
     transient: int
     """The most beyond all that."""
+    allowance: int
+    """For what is no tensor; not counted."""
 
     @property
     def total(self) -> int:
-        """With the allowance for what is no tensor."""
-        moving = self.kept + self.transient
-        return int(self.weights + self.gradients + self.optimizer + (1 + SHARE) * moving) + CONSTANT
+        return self.weights + self.gradients + self.optimizer + self.kept + self.transient + self.allowance
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Plan:
         table.add_column("counted", justify="right")
         for name, size in asdict(self.footprint).items():
             table.add_row({"kept": "kept activations"}.get(name, name), format_bytes(size))
-        table.add_row("with allowance", format_bytes(self.footprint.total))
+        table.add_row("in all", format_bytes(self.footprint.total))
         table.add_row("budget", format_bytes(self.budget))
         if self.coupled:
             table.caption = "align.samples=batch couples the images of a batch: it is not divided."
@@ -295,7 +296,8 @@ def count_step(
         # The peak is convex in the chunk: four fifths of the slope above keep the inferred one on the safe side.
         _, above = _pass(*parts, 2 * coarse)
         peak = max(kept, peak - int(0.8 * (above - peak) / coarse * (coarse - chunk)))
-    return _footprint((segmentor, objective), shared_bytes(segmentor) if weights is None else weights, kept, peak)
+    weights = shared_bytes(segmentor) if weights is None else weights
+    return _footprint((segmentor, objective), weights, kept, peak, settings.mode)
 
 
 def count_mask_step(
@@ -321,13 +323,15 @@ def count_mask_step(
     segmentor.use_memory(mode).train()
     with _counting(segmentor, teacher) as live:
         kept = _mask_pass(live, segmentor, teacher, config, vocabulary, size, objects)
-    return _footprint((segmentor,), shared_bytes(segmentor) if weights is None else weights, kept, live.peak)
+    weights = shared_bytes(segmentor) if weights is None else weights
+    return _footprint((segmentor,), weights, kept, live.peak, mode)
 
 
-def _footprint(learning: Sequence[nn.Module | None], weights: int, kept: int, peak: int) -> Footprint:
+def _footprint(learning: Sequence[nn.Module | None], weights: int, kept: int, peak: int, mode: str) -> Footprint:
     learnt = [p for m in learning if m is not None for p in m.parameters() if p.requires_grad]
     size = sum(p.numel() * p.element_size() for p in learnt)
-    return Footprint(weights, size, 2 * size, kept, max(0, peak - kept))
+    allowance = int(SHARE * max(kept, peak)) + CONSTANT + (AGAIN if mode in ("balanced", "lean") else 0)
+    return Footprint(weights, size, 2 * size, kept, max(0, peak - kept), allowance)
 
 
 @contextmanager
