@@ -111,11 +111,11 @@ def count(mode: str, classes: int = 171, dtype: torch.dtype = torch.float32, chu
             with LiveBytes() as live, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 live.leave_out(*leaves, *model.parameters(), *model.buffers())
                 logits = model(dense, text, guidance)
-            forward = counter.get_totalcounted_flops()
+            forward = counter.get_total_flops()
             gc.collect()
             kept = live.now - logits.numel() * logits.element_size()
             logits.float().sum().backward()
-        both = counter.get_totalcounted_flops()
+        both = counter.get_total_flops()
     return Counts(forward, both, kept)
 
 
