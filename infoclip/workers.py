@@ -30,6 +30,8 @@ R = TypeVar("R")
 
 _PATIENCE = timedelta(days=7)
 """How long a process waits for the others at the end; one that died is noticed by whoever started it."""
+_GRACE = 10.0
+"""Seconds that a process has to end after it was asked to."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def run_in_processes(count: int, work: Callable[..., R], *args: Any, heard: bool
         level = log.level
         log.setLevel(logging.ERROR)
         try:
-            while not context.join():
+            while not context.join(grace_period=_GRACE):
                 pass
         except ProcessExitedException as error:
             failed = _answers(Path(folder), range(count), ok=False)
@@ -163,6 +165,10 @@ def run_in_processes(count: int, work: Callable[..., R], *args: Any, heard: bool
             log.setLevel(level)
             for process in context.processes:
                 process.terminate()
+            for process in context.processes:
+                process.join(_GRACE)
+                if process.is_alive():  # one that waits for another in a library's code does not look at signals
+                    process.kill()
         return _answers(Path(folder), range(1), ok=True)[0]
 
 

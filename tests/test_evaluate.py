@@ -20,7 +20,7 @@ from small_models import save_small_model
 from small_trees import write_tree
 from typer.testing import CliRunner
 
-from infoclip import cli
+from infoclip import cli, workers
 from infoclip.data.ahead import in_order
 from infoclip.data.classes import load_classes, overlap
 from infoclip.errors import ConfigError, DataError, InfoclipError, InfoclipWarning
@@ -163,6 +163,28 @@ def test_a_process_that_fails_ends_all_with_one_sentence(kind: str, sentence: st
     with pytest.raises(InfoclipError, match=sentence) as caught:
         run_in_processes(2, _fail, kind)
     assert "\n" not in str(caught.value)
+
+
+def _deaf() -> None:
+    import torch.distributed as dist
+
+    if dist.get_rank() == 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        Path(os.environ["DEAF"]).touch()
+        time.sleep(300)
+    while not Path(os.environ["DEAF"]).exists():
+        time.sleep(0.05)
+    raise DataError("x.png is damaged.")
+
+
+def test_a_process_that_does_not_listen_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As one that waits in a library's code: it would keep whoever started it for as long as it sleeps."""
+    monkeypatch.setattr(workers, "_GRACE", 0.5)
+    monkeypatch.setenv("DEAF", str(tmp_path / "deaf"))
+    start = time.monotonic()
+    with pytest.raises(DataError, match="damaged"):
+        run_in_processes(2, _deaf)
+    assert time.monotonic() - start < 200
 
 
 def test_processes_within_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
