@@ -9,6 +9,7 @@ them: losses of the first steps agree to rounding, later ones as those of two ru
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -33,23 +34,20 @@ def curve(form: str, steps: int, overrides: list[str]) -> list[float]:
     Raises:
         infoclip.errors.InfoclipError: settings that cannot work.
     """
-    import contextlib
-
     from infoclip.config import apply_overrides
     from infoclip.engine.log import read_log
     from infoclip.engine.train import train
     from infoclip.recipes import get_recipe
 
     mode = {"plain": "reference", "bf16": "fast"}.get(form, form)
-    with tempfile.TemporaryDirectory(prefix="infoclip-bench-") as name, contextlib.ExitStack() as stack:
+    code = plain_code() if form == "plain" else contextlib.nullcontext()
+    with tempfile.TemporaryDirectory(prefix="infoclip-bench-") as name, code:
         config = apply_overrides(
             get_recipe("scenes"),
             [f"train.steps={steps}", "train.log_every=1", "train.image_every=0", f"train.checkpoint_every={steps}",
              f"train.precision={'bf16' if form == 'bf16' else 'fp32'}", f"data.root={name}/scenes",
              *overrides, f"model.memory={mode}"],
         )  # fmt: skip
-        if form == "plain":
-            stack.enter_context(plain_code())
         train(config, Path(name) / "run")
         return [float(line["loss"]) for line in read_log(Path(name) / "run" / "log.jsonl")]
 
@@ -108,6 +106,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--forms {options.forms}: expected two or more of {', '.join(FORMS)}, each once")
     if options.steps < 1:
         parser.error(f"--steps: expected at least 1, got {options.steps}")
+    for option, file in (("--out", options.out), ("--json", options.json)):
+        if file and not file.parent.is_dir():
+            parser.error(f"{option} {file}: there is no folder {file.parent}")
     curves: dict[str, list[float]] = {}
     try:
         for form in forms:
@@ -136,7 +137,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.out:
         for file in draw(curves, options.out):
             print(f"{file}")
-    print("\n".join(wrong), file=sys.stderr, end="\n" if wrong else "")
+    for fault in wrong:
+        print(fault, file=sys.stderr)
     return 1 if wrong else 0
 
 

@@ -124,6 +124,7 @@ def test_a_curve_of_another_training_fails(monkeypatch: pytest.MonkeyPatch, caps
         (["--forms", "plain"], "expected two or more of plain, fast"),
         (["--forms", "plain,quick"], "expected two or more of plain, fast"),
         (["--steps", "0"], "--steps: expected at least 1, got 0"),
+        (["--out", "nowhere/curves.png"], "--out nowhere/curves.png: there is no folder nowhere"),
     ],
 )
 def test_wrong_input_of_curves(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
