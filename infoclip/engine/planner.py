@@ -296,7 +296,6 @@ def count_step(
         # The peak is convex in the chunk: four fifths of the slope above keep the inferred one on the safe side.
         _, above = _pass(*parts, 2 * coarse)
         peak = max(kept, peak - int(0.8 * (above - peak) / coarse * (coarse - chunk)))
-    weights = shared_bytes(segmentor) if weights is None else weights
     return _footprint((segmentor, objective), weights, kept, peak, settings.mode)
 
 
@@ -323,11 +322,12 @@ def count_mask_step(
     segmentor.use_memory(mode).train()
     with _counting(segmentor, teacher) as live:
         kept = _mask_pass(live, segmentor, teacher, config, vocabulary, size, objects)
-    weights = shared_bytes(segmentor) if weights is None else weights
     return _footprint((segmentor,), weights, kept, live.peak, mode)
 
 
-def _footprint(learning: Sequence[nn.Module | None], weights: int, kept: int, peak: int, mode: str) -> Footprint:
+def _footprint(learning: Sequence[nn.Module | None], weights: int | None, kept: int, peak: int, mode: str) -> Footprint:
+    """``learning``: the segmentor first, whose parameters are the weights where their bytes are not given."""
+    weights = shared_bytes(learning[0]) if weights is None else weights
     learnt = [p for m in learning if m is not None for p in m.parameters() if p.requires_grad]
     size = sum(p.numel() * p.element_size() for p in learnt)
     allowance = int(SHARE * max(kept, peak)) + CONSTANT + (AGAIN if mode in ("balanced", "lean") else 0)
