@@ -470,6 +470,8 @@ def evaluate(
             return  # torchrun: the first process speaks for all
         for table in (counted.summary_table(), *([counted.class_table()] if per_class else [])):
             Console().print(table)
+        if out is not None:
+            print(out / f"{(data or 'evaluation') if is_model(path) else 'evaluation'}.html")
         return
     from infoclip.data.benchmarks import get_benchmark
     from infoclip.evaluate.run import SIX, evaluate_benchmarks, evaluate_folder, summary_table

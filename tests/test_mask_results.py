@@ -288,6 +288,7 @@ def test_command_line_counts_a_model(path: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "PQ" in done.stdout
     assert (tmp_path / "out/evaluation.json").exists()
+    assert "How it was measured" in (tmp_path / "out/evaluation.html").read_text()
     wrong = run(*words, "--data", "coco-panoptic")
     assert wrong.exit_code == 2
     assert wrong.stderr.count("\n") == 1

@@ -28,7 +28,8 @@ from infoclip.data.panoptic import (
 from infoclip.data.scenes import SCENE_CLASSES, render_scenes, split_classes, write_scenes
 from infoclip.errors import ConfigError, DataError
 from infoclip.evaluate.panoptic_run import PanopticMap, evaluate_panoptic, folder_predictor
-from infoclip.report.overlay import panoptic_overlay
+from infoclip.report.overlay import panoptic_overlay, segment_colors
+from infoclip.report.palette import palette
 
 EXACT = 1e-12  # a few float64 operations on integer counts
 
@@ -356,6 +357,13 @@ def test_command_line(tmp_path: Path) -> None:
     result = json.loads((out / "evaluation.json").read_text())
     assert f"{100 * result['overall']['pq']:.1f}" in done.output
     assert [row["seen"] for row in result["per_class"]] == [True, True, False, False]
+    assert done.output.rstrip().endswith(str(out / "evaluation.html"))
+    page = (out / "evaluation.html").read_text()
+    assert page.count('class="card panel') == result["images"]
+    assert page.count("<figure>") == 3 * result["images"]
+    for word in ("thing, seen", "stuff, unseen", "found / spurious / missed", "harmonic mean"):
+        assert word in page
+    assert f"<h1>{'evaluation'}: {100 * result['overall']['pq']:.1f} PQ</h1>" in page
     wrong = tmp_path / "wrong.txt"
     wrong.write_text("walls\n")
     for words, part in (
@@ -386,6 +394,10 @@ def test_instances_of_one_class_have_their_own_colours() -> None:
     colours = {number: {tuple(c) for c in plain[ids == number]} for number in (7, 9, 300)}
     assert all(len(found) == 1 for found in colours.values())
     assert len(set.union(*colours.values())) == 3
+    more = [Segment(i, 1) for i in range(1, 40)]
+    shades = segment_colors([Segment(300, 0), *more])
+    assert len({tuple(c) for c in shades.tolist()}) == 40
+    assert np.array_equal(shades[:2], palette(2))  # the first of a class has the class's own
     assert np.ptp(plain[0, 59]) == 0  # void stays grey
     assert panoptic_overlay(image, ids, segments, ["ground", "disc"]).width > 60
 

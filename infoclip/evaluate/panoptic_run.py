@@ -85,6 +85,7 @@ class PanopticEvaluation:
     per_class: list[PanopticClassResult]
     images: int
     throughput: Throughput
+    image_records: list[ImageRecord] = field(default_factory=list, repr=False)
     settings: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
 
@@ -100,9 +101,13 @@ class PanopticEvaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; what could not be measured is None. All but ``run`` is the same for every run."""
-        data = asdict(self) | {"harmonic": self.harmonic, "semantic_harmonic": self.semantic_harmonic}
+        data = asdict(replace(self, image_records=[])) | {
+            "harmonic": self.harmonic,
+            "semantic_harmonic": self.semantic_harmonic,
+        }
         speed = {**data.pop("throughput"), "images_per_second": self.throughput.images_per_second}
         data["run"] = {"throughput": speed, "environment": data.pop("environment")}
+        del data["image_records"]
         return without_nan(data)
 
     def save(self, folder: str | Path, name: str = "evaluation") -> Path:
@@ -126,6 +131,16 @@ class PanopticEvaluation:
         table.add_column("classes")
         for name in ("PQ", "SQ", "RQ", "mIoU", "occur"):
             table.add_column(name, justify="right")
+        for row in self.summary_rows(percent):
+            table.add_row(*row)
+        table.caption = (
+            "means over the classes that occur in the ground truth or the prediction (PQ), in the truth (mIoU)"
+        )
+        table.caption_justify = "left"
+        return table
+
+    def summary_rows(self, written: Callable[[float], str]) -> list[list[str]]:
+        """A row a group of classes: what it is, PQ, SQ, RQ and mIoU as ``written``, and how many classes occur."""
         rows: list[tuple[str, PanopticScores, float | None]] = [
             (f"all {len(self.per_class)}", self.overall, self.semantic.miou),
             (f"{sum(row.thing for row in self.per_class)} things", self.things, None),
@@ -138,16 +153,13 @@ class PanopticEvaluation:
                 (f"{sum(row.seen is which for row in self.per_class)} {name}", scores, semantic.miou)
                 for which, name, scores, semantic in known
             ]
-        for name, s, miou in rows:
-            cells = (*(percent(v) for v in (s.pq, s.sq, s.rq)), "" if miou is None else percent(miou))
-            table.add_row(name, *cells, str(s.categories))
+        found = [
+            [name, *(written(v) for v in (s.pq, s.sq, s.rq)), "" if miou is None else written(miou), str(s.categories)]
+            for name, s, miou in rows
+        ]
         if both:
-            table.add_row("harmonic mean", percent(self.harmonic), "", "", percent(self.semantic_harmonic), "")
-        table.caption = (
-            "means over the classes that occur in the ground truth or the prediction (PQ), in the truth (mIoU)"
-        )
-        table.caption_justify = "left"
-        return table
+            found.append(["harmonic mean", written(self.harmonic), "", "", written(self.semantic_harmonic), ""])
+        return found
 
     def class_table(self) -> Table:
         """One row a class for the terminal, in percent."""
@@ -224,7 +236,7 @@ def evaluate_panoptic(
         dataset, count_one, lambda: _Both(count, labels.ignore_index), records=records, workers=workers or Workers(),
         description=description, progress=progress,
     )  # fmt: skip
-    return _result(tally, dataset, seen, len(images), throughput, settings or {}, environment or {})
+    return _result(tally, dataset, seen, images, throughput, settings or {}, environment or {})
 
 
 class _Both:
@@ -268,7 +280,8 @@ def evaluate_panoptic_model(
             (:func:`infoclip.data.classes.overlap`).
         name: of the files in ``out``.
         overrides: ``key=value`` for the model's config, such as ``eval.object_threshold=0.2``.
-        out: folder for ``NAME.json`` and ``NAME.images.jsonl``, from which the same call goes on where it was stopped.
+        out: folder for ``NAME.json``, the report ``NAME.html`` and ``NAME.images.jsonl``, from which the same call goes
+            on where it was stopped.
         device, processes, progress: as :func:`infoclip.evaluate.run.evaluate_folder`'s.
 
     Raises:
@@ -317,7 +330,7 @@ def evaluate_panoptic_model(
             workers=workers,
         )
         if out is not None and workers.first:
-            result.save(out, name)
+            _write(Path(out), name, result, dataset, predictor)
     return result
 
 
@@ -363,7 +376,7 @@ def evaluate_panoptic_folder(
 
     Args:
         seen: as :func:`evaluate_panoptic`'s.
-        out: folder for the result as JSON.
+        out: folder for ``evaluation.json`` and the report ``evaluation.html``.
 
     Raises:
         DataError: as :func:`evaluate_panoptic` and :func:`folder_predictor`; a name in ``seen`` that is none of the
@@ -380,13 +393,24 @@ def evaluate_panoptic_folder(
         )
     if seen is not None:
         select_classes(dataset.classes, seen)
+    predictor = folder_predictor(path, dataset)
     result = evaluate_panoptic(
-        folder_predictor(path, dataset), dataset, seen, progress=progress,
+        predictor, dataset, seen, progress=progress,
         settings={"predictions": str(path), "annotations": str(dataset.annotations.path), "classes": dataset.classes},
     )  # fmt: skip
     if out is not None:
-        result.save(out)
+        _write(Path(out), "evaluation", result, dataset, predictor)
     return result
+
+
+def _write(
+    out: Path, name: str, result: PanopticEvaluation, dataset: PanopticDataset, predictor: PanopticPredictor
+) -> None:
+    from infoclip.api import write_files
+    from infoclip.report.evaluation_page import panoptic_page
+
+    write_files(out, {f"{name}.html": panoptic_page(name, result, dataset, predictor).encode()})
+    result.save(out, name)
 
 
 def folder_predictor(path: str | Path, dataset: PanopticDataset) -> PanopticPredictor:
@@ -434,7 +458,7 @@ def _result(
     tally: _Both,
     dataset: PanopticDataset,
     seen: Sequence[str] | None,
-    images: int,
+    images: list[ImageRecord],
     throughput: Throughput,
     settings: dict[str, Any],
     environment: dict[str, Any],
@@ -463,8 +487,9 @@ def _result(
         semantic_seen=labels.compute(groups[True]),
         semantic_unseen=labels.compute(groups[False]),
         per_class=rows,
-        images=images,
+        images=len(images),
         throughput=throughput,
+        image_records=images,
         settings=settings,
         environment=environment,
     )

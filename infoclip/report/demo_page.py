@@ -212,8 +212,8 @@ def _instances(page: Page, results: Mapping[str, Any], folder: Path, truth: Path
 
     page.heading("Segments and instances")
     page.paragraph(
-        "Panoptic maps of some of the same scenes: each object has a number, an outline and a colour of its own; the "
-        "legend gives its class and its share of the picture."
+        "Panoptic maps of some of the same scenes: each object has a number, an outline and a shade of its class's "
+        "colour; the legend gives its class and its share of the picture."
     )
     for index in _examples(truth, set(results["unseen_classes"]), _SCENES):
         drawn = _panoptic_pictures(results, folder, truth, index)

@@ -1,12 +1,12 @@
-"""The report of an evaluation: figures, every class (sortable without a script), the worst confusions, and examples."""
+"""The report of an evaluation, semantic or panoptic: figures, every class (sortable without a script), examples."""
 
 from __future__ import annotations
 
 import html
 import json
 import math
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -15,11 +15,15 @@ from infoclip.report.palette import hex_color, palette
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from PIL import Image
     from torch import Tensor
 
+    from infoclip.data.panoptic import PanopticDataset, Segment
+    from infoclip.evaluate.panoptic_run import PanopticEvaluation, PanopticPredictor
+    from infoclip.evaluate.records import ImageRecord
     from infoclip.evaluate.run import Dataset, EvaluationResult
 
-__all__ = ["evaluation_page", "summary_page"]
+__all__ = ["evaluation_page", "panoptic_page", "summary_page"]
 
 _EXAMPLES = 4
 """Images that are shown of each kind: spread over the data set, and those with the fewest right pixels."""
@@ -69,18 +73,7 @@ def evaluation_page(
         ],
     )
     _examples(page, result, dataset, predictor)
-    page.heading("How it was measured")
-    t = result.throughput
-    if t.images:
-        page.paragraph(
-            f"{t.images:,} images in {t.seconds:.1f} s by {t.processes} process{'es' * (t.processes > 1)}: "
-            f"{result.images_per_second:.2f} images a second. Waiting for reading {t.read_seconds:.1f} s, predicting "
-            f"{t.predict_seconds:.1f} s, counting {t.count_seconds:.1f} s, summed over processes."
-        )
-    if t.images < result.images:
-        page.paragraph(f"{result.images - t.images:,} images had been counted by an earlier call.")
-    page.details_code("Settings", json.dumps(result.settings, indent=1, ensure_ascii=False))
-    page.details_code("Environment", json.dumps(result.environment, indent=1, ensure_ascii=False))
+    _how(page, result)
     return page.render()
 
 
@@ -96,6 +89,105 @@ def summary_page(model: str, results: Mapping[str, EvaluationResult], titles: Ma
     return page.render()
 
 
+def panoptic_page(
+    title: str, result: PanopticEvaluation, dataset: PanopticDataset, predictor: PanopticPredictor
+) -> str:
+    """The report of a panoptic evaluation as one HTML file; the example images are predicted once more."""
+    page = Page(f"{title}: {_percent(result.overall.pq)} PQ")
+    page.paragraph(
+        f"{result.images:,} images, {len(result.per_class):,} classes, {result.overall.categories:,} of them in the "
+        "ground truth or the predictions.",
+        "lead",
+    )
+    page.table(["", "PQ", "SQ", "RQ", "mIoU", "occur"], result.summary_rows(_percent))
+    page.paragraph(
+        "In percent. PQ, SQ and RQ are means over the classes that occur in the ground truth or the prediction, mIoU "
+        "over those in the ground truth. PQ is SQ, the mean IoU of the segments that were found, times RQ, the F1 of "
+        "finding them. A class is seen if one of its names is that of a class that was trained on.",
+        "soft",
+    )
+    page.heading("Class by class")
+    rows = result.per_class
+    kinds = {True: "thing", False: "stuff"}
+    words = {True: ", seen", False: ", unseen", None: ""}
+    page.markup(
+        _sortable(
+            ("class", "", "", "PQ", "IoU", "found / spurious / missed"),
+            [
+                _Row(
+                    row.name, kinds[row.thing] + words[row.seen], row.pq, _percent(row.pq), _percent(row.iou),
+                    f"{row.true_positives} / {row.false_positives} / {row.false_negatives}",
+                )
+                for row in rows
+            ],
+            {
+                "lowest PQ": lambda i: (rows[i].pq is None, rows[i].pq or 0.0),
+                "highest PQ": lambda i: (rows[i].pq is None, -(rows[i].pq or 0.0)),
+                "most segments": lambda i: -(rows[i].true_positives + rows[i].false_negatives),
+                "name": lambda i: rows[i].name.casefold(),
+                "class number": lambda i: i,
+            },
+        )
+    )  # fmt: skip
+    for heading, indices in _chosen(result.image_records):
+        page.heading(heading)
+        for index in indices:
+            _panoptic_example(page, result, dataset, predictor, index)
+    _how(page, result)
+    return page.render()
+
+
+def _panoptic_example(
+    page: Page, result: PanopticEvaluation, dataset: PanopticDataset, predictor: PanopticPredictor, index: int
+) -> None:
+    import torch
+    from PIL import Image
+
+    from infoclip.report.overlay import panoptic_overlay
+
+    sample = dataset[index]
+    pixels = sample["image"].as_subclass(torch.Tensor)
+    with torch.no_grad():
+        found = predictor(index, pixels)
+    image = pixels.permute(1, 2, 0).numpy()
+    names = [row.name for row in result.per_class]
+    maps: list[tuple[str, NDArray[np.integer], Sequence[Segment]]] = [
+        ("truth", sample["panoptic"].as_subclass(torch.Tensor).numpy(), sample["segments"]),
+        ("segments", found.ids.cpu().numpy(), found.segments),
+    ]
+    # A class has the same colour in both pictures: numbered afresh, so that those of one image are far apart.
+    order = list(dict.fromkeys(s.category for _, _, segments in maps for s in segments))
+    number = {category: i for i, category in enumerate(order)}
+    here = [names[i] for i in order]
+    small = max(image.shape[:2]) < 200
+    figures = [figure(_thumbnail(Image.fromarray(image)), "image", "", small)]
+    for name, ids, segments in maps:
+        drawn = [s._replace(category=number[s.category]) for s in segments]
+        picture = panoptic_overlay(image, ids, drawn, here, alpha=0.75, legend=False)
+        count = f"{len(segments)} segment{'s' * (len(segments) != 1)}"
+        figures.append(figure(_thumbnail(picture), name, count, small))
+    present = {s.category for s in maps[0][2]}
+    unseen = {i for i, row in enumerate(result.per_class) if row.seen is False}
+    chips = [chip(names[i], number[i], "unseen" if i in unseen else "") for i in order if i in present][:12]
+    chips += [chip(names[i], number[i], "not in the truth", wrong=True) for i in order if i not in present][:8]
+    page.panel(str(sample["file"]).replace("\\", "/").rpartition("/")[2], figures, chips)
+
+
+def _how(page: Page, result: EvaluationResult | PanopticEvaluation) -> None:
+    page.heading("How it was measured")
+    t = result.throughput
+    if t.images:
+        page.paragraph(
+            f"{t.images:,} images in {t.seconds:.1f} s by {t.processes} process{'es' * (t.processes > 1)}: "
+            f"{t.images_per_second:.2f} images a second. Waiting for reading {t.read_seconds:.1f} s, predicting "
+            f"{t.predict_seconds:.1f} s, counting {t.count_seconds:.1f} s, summed over processes."
+        )
+    if t.images < result.images:
+        page.paragraph(f"{result.images - t.images:,} images had been counted by an earlier call.")
+    page.details_code("Settings", json.dumps(result.settings, indent=1, ensure_ascii=False))
+    page.details_code("Environment", json.dumps(result.environment, indent=1, ensure_ascii=False))
+
+
 def _scores(result: EvaluationResult) -> tuple[list[str], list[list[str]]]:
     flags = [row.seen for row in result.per_class]
     groups = [(f"all {len(flags)} classes", result.overall)]
@@ -107,44 +199,58 @@ def _scores(result: EvaluationResult) -> tuple[list[str], list[list[str]]]:
     return ["", "mIoU", "mIoU, legacy", "fwIoU", "mACC", "pACC"], rows
 
 
+class _Row(NamedTuple):
+    """A line of the table of classes: its name, a word, a share drawn as a bar, and three cells."""
+
+    name: str
+    word: str
+    share: float | None
+    first: str
+    second: str
+    third: str
+
+
 def _class_table(result: EvaluationResult) -> Markup:
-    """Rows carry their place in every order; which order holds is a matter of style, chosen by radio buttons."""
     rows = result.per_class
-    count = range(len(rows))
+    words = {True: "seen", False: "unseen", None: ""}
+    return _sortable(
+        ("class", "", "", "IoU", "recall", "pixels"),
+        [_Row(r.name, words[r.seen], r.iou, _percent(r.iou), _percent(r.accuracy), f"{r.pixels:,}") for r in rows],
+        {
+            "lowest IoU": lambda i: (rows[i].iou is None, rows[i].iou or 0.0),
+            "highest IoU": lambda i: (rows[i].iou is None, -(rows[i].iou or 0.0)),
+            "most pixels": lambda i: -rows[i].pixels,
+            "name": lambda i: rows[i].name.casefold(),
+            "class number": lambda i: i,
+        },
+    )
 
-    def places(key: Callable[[int], Any]) -> list[int]:
+
+def _sortable(head: Sequence[str], rows: Sequence[_Row], orders: Mapping[str, Callable[[int], Any]]) -> Markup:
+    """Rows carry their place in every order; which order holds is a matter of style, chosen by radio buttons."""
+    places = []
+    for key in orders.values():
         place = [0] * len(rows)
-        for at, i in enumerate(sorted(count, key=key)):
+        for at, i in enumerate(sorted(range(len(rows)), key=key)):
             place[i] = at
-        return place
-
-    orders = {
-        "lowest IoU": places(lambda i: (rows[i].iou is None, rows[i].iou or 0.0)),
-        "highest IoU": places(lambda i: (rows[i].iou is None, -(rows[i].iou or 0.0))),
-        "most pixels": places(lambda i: -rows[i].pixels),
-        "name": places(lambda i: rows[i].name.casefold()),
-        "class number": list(count),
-    }
+        places.append(place)
     style = "".join(f"#by{n}:checked ~ .wide .classes tbody tr {{ order: var(--o{n}); }}" for n in range(len(orders)))
     buttons = "".join(
         f'<input type="radio" name="by" id="by{n}"{" checked" * (n == 0)}><label for="by{n}">{name}</label>'
         for n, name in enumerate(orders)
     )
-    words = {True: "seen", False: "unseen", None: ""}
     body = []
     for i, row in enumerate(rows):
-        at = ";".join(f"--o{n}:{place[i]}" for n, place in enumerate(orders.values()))
-        bar = f'<div class="stack"><i style="width:{100 * (row.iou or 0.0):.2f}%"></i></div>'
+        where = ";".join(f"--o{n}:{place[i]}" for n, place in enumerate(places))
+        bar = f'<div class="stack"><i style="width:{100 * (row.share or 0.0):.2f}%"></i></div>'
         name = html.escape(" ".join(row.name.split()))
-        body.append(
-            f'<tr style="{at}"><td title="{name}">{name}</td><td>{words[row.seen]}</td><td>{bar}</td>'
-            f"<td>{_percent(row.iou)}</td><td>{_percent(row.accuracy)}</td><td>{row.pixels:,}</td></tr>"
-        )
-    head = "".join(f"<th>{name}</th>" for name in ("class", "", "", "IoU", "recall", "pixels"))
+        cells = "".join(f"<td>{cell}</td>" for cell in (row.word, bar, row.first, row.second, row.third))
+        body.append(f'<tr style="{where}"><td title="{name}">{name}</td>{cells}</tr>')
+    titles = "".join(f"<th>{name}</th>" for name in head)
     return Markup(
         f'<style>{style}</style><div class="sorts">sorted by {buttons}'
-        f'<div class="wide"><table class="classes"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
-        "</div></div>"
+        f'<div class="wide"><table class="classes"><thead><tr>{titles}</tr></thead><tbody>{"".join(body)}</tbody>'
+        "</table></div></div>"
     )
 
 
@@ -174,20 +280,29 @@ def _worst(result: EvaluationResult) -> Markup:
 def _examples(page: Page, result: EvaluationResult, dataset: Dataset, predictor: Callable[[Tensor], Tensor]) -> None:
     import torch
 
-    records = result.image_records
-    spread = [records[i].index for i in np.linspace(0, len(records) - 1, min(_EXAMPLES, len(records))).astype(int)]
-    by_accuracy = sorted((r for r in records if r.pixels), key=lambda r: (r.accuracy, r.index))
-    hardest = [r.index for r in by_accuracy if r.index not in spread][:_EXAMPLES]
-    for heading, indices in (("Examples", spread), ("The hardest images", hardest)):
-        if indices:
-            page.heading(heading)
-        for index in dict.fromkeys(indices):
+    for heading, indices in _chosen(result.image_records):
+        page.heading(heading)
+        for index in indices:
             sample = dataset[index]
             image = sample["image"].as_subclass(torch.Tensor)
             with torch.no_grad():
                 labels = predictor(image).cpu().numpy()
             truth = sample["mask"].as_subclass(torch.Tensor).numpy()
             _example(page, result, str(sample["file"]), image.permute(1, 2, 0).numpy(), truth, labels)
+
+
+def _chosen(records: Sequence[ImageRecord]) -> list[tuple[str, list[int]]]:
+    """Heading and indices of the images to show: some spread over the data set, and those with the fewest right."""
+    spread = [records[i].index for i in np.linspace(0, len(records) - 1, min(_EXAMPLES, len(records))).astype(int)]
+    spread = list(dict.fromkeys(spread))
+    by_accuracy = sorted((r for r in records if r.pixels), key=lambda r: (r.accuracy, r.index))
+    hardest = [r.index for r in by_accuracy if r.index not in spread][:_EXAMPLES]
+    return [(name, found) for name, found in (("Examples", spread), ("The hardest images", hardest)) if found]
+
+
+def _thumbnail(picture: Image.Image) -> Image.Image:
+    picture.thumbnail((_SIDE, _SIDE))
+    return picture
 
 
 def _example(
@@ -216,8 +331,9 @@ def _example(
     figures = []
     for name, drawn in (("image", None), ("truth", number[np.where(labelled, truth, -1)]), ("labels", number[labels])):
         picture = Image.fromarray(image) if drawn is None else overlay(image, drawn, names, legend=False, alpha=0.75)
-        picture.thumbnail((_SIDE, _SIDE))
-        figures.append(figure(picture, name, f"{_percent(right)} % right" if name == "labels" else "", small))
+        figures.append(
+            figure(_thumbnail(picture), name, f"{_percent(right)} % right" if name == "labels" else "", small)
+        )
     chips = [chip(rows[i].name, int(number[i]), "unseen" if rows[i].seen is False else "") for i in present[:12]]
     shown = [i for i in mistaken if (labels == i).mean() > 0.005][:8]
     chips += [chip(rows[i].name, int(number[i]), "not in the truth", wrong=True) for i in shown]

@@ -21,7 +21,7 @@ from infoclip.report.palette import NO_LABEL, ink, palette
 if TYPE_CHECKING:
     from infoclip.data.panoptic import Segment
 
-__all__ = ["class_shares", "color_labels", "legend_font", "overlay", "panoptic_overlay"]
+__all__ = ["class_shares", "color_labels", "legend_font", "overlay", "panoptic_overlay", "segment_colors"]
 
 _SMALL = 512
 """With a legend, pictures whose longer side is shorter are magnified by a whole number, to make room for it."""
@@ -57,9 +57,13 @@ def class_shares(labels: NDArray[np.integer], count: int) -> list[tuple[int, flo
 
 def color_labels(labels: NDArray[np.integer], count: int) -> NDArray[np.uint8]:  # [H, W] -> [H, W, 3]
     """The labels as plain colours; those outside ``0 .. count-1`` in the grey that stands for no label."""
-    colors = np.concatenate([palette(count), np.array([NO_LABEL], dtype=np.uint8)])
+    return _colored(labels, palette(count))
+
+
+def _colored(labels: NDArray[np.integer], colors: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    count = len(colors)
     index = np.where((labels >= 0) & (labels < count), labels, count).astype(np.int64)
-    return colors[index]
+    return np.concatenate([colors, np.array([NO_LABEL], dtype=np.uint8)])[index]
 
 
 def overlay(
@@ -67,6 +71,7 @@ def overlay(
     labels: NDArray[np.integer],  # [H, W]
     classes: Sequence[str],
     *,
+    colors: NDArray[np.uint8] | None = None,  # [T, 3]
     alpha: float = 0.6,
     legend: bool = True,
 ) -> Image.Image:
@@ -74,6 +79,7 @@ def overlay(
 
     Args:
         labels: index into ``classes``; other values mean no label and leave the picture grey.
+        colors: of the classes; by default those of :func:`infoclip.report.palette.palette`.
         alpha: weight of the class colours over the picture, 0 to 1.
         legend: add names, colours and shares at the right, and numbers on the regions; small pictures are magnified by
             a whole number. Without it the result has exactly the picture's size.
@@ -87,10 +93,11 @@ def overlay(
         raise ValueError(f"labels have shape {labels.shape}; expected the image's {image.shape[:2]}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; expected 0 to 1")
+    chosen = palette(len(classes)) if colors is None else colors
     # Tinting a grey version keeps the class colours true; a little of the picture's own colour keeps it recognisable.
     grey = image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
     base = 0.35 * image + 0.65 * grey[..., None]
-    tinted = (1 - alpha) * base + alpha * color_labels(labels, len(classes))
+    tinted = (1 - alpha) * base + alpha * _colored(labels, chosen)
     picture = Image.fromarray(tinted.round().clip(0, 255).astype(np.uint8))
     if not legend:
         return picture
@@ -101,7 +108,7 @@ def overlay(
         )
         smooth = np.asarray(enlarged)
         labels = labels.repeat(factor, axis=0).repeat(factor, axis=1)
-        tinted = (1 - alpha) * smooth + alpha * color_labels(labels, len(classes)).astype(np.float32)
+        tinted = (1 - alpha) * smooth + alpha * _colored(labels, chosen).astype(np.float32)
         picture = Image.fromarray(tinted.round().clip(0, 255).astype(np.uint8))
     entries = [_Entry(i, share) for i, share in class_shares(labels, len(classes))]
     size = max(14, round(max(picture.size) / 42))
@@ -111,13 +118,26 @@ def overlay(
     listed = len(entries)
     if listed + (unlabelled > _TRACE) > per_column * _COLUMNS:
         listed = per_column * _COLUMNS - 1 - (unlabelled > _TRACE)
-    _tag(picture, labels, entries[:listed], size)
+    _tag(picture, labels, entries[:listed], chosen, size)
     lines = [_Line(entry.label, classes[entry.label], entry.share) for entry in entries[:listed]]
     if listed < len(entries):
         lines.append(_Line(None, f"{len(entries) - listed} more", sum(e.share for e in entries[listed:])))
     if unlabelled > _TRACE:
         lines.append(_Line(-1, "no label", unlabelled))
-    return _with_legend(picture, [lines[i : i + per_column] for i in range(0, len(lines), per_column)], size)
+    return _with_legend(picture, [lines[i : i + per_column] for i in range(0, len(lines), per_column)], chosen, size)
+
+
+def segment_colors(segments: Sequence[Segment]) -> NDArray[np.uint8]:  # [S, 3]
+    """A colour for each segment: its class's, and for further ones of a class lighter and darker shades of it."""
+    before: dict[int, int] = {}
+    colors = np.zeros((len(segments), 3), dtype=np.uint8)
+    for i, segment in enumerate(segments):
+        k = before.get(segment.category, 0)
+        before[segment.category] = k + 1
+        share = (0.25 + 0.35 * ((k - 1) // 2 * 0.6180339887498949 % 1.0)) if k else 0.0
+        towards = 255.0 if k % 2 else 0.0
+        colors[i] = ((1 - share) * palette(segment.category + 1)[-1] + share * towards).round()
+    return colors
 
 
 def panoptic_overlay(
@@ -129,7 +149,7 @@ def panoptic_overlay(
     alpha: float = 0.6,
     legend: bool = True,
 ) -> Image.Image:
-    """The picture under its segments: each instance with an outline, a colour and a number of its own.
+    """The picture under its segments: each instance with an outline, a shade of its class's colour, and a number.
 
     Args:
         ids: segment ids; pixels of none of the segments are grey.
@@ -143,7 +163,7 @@ def panoptic_overlay(
     for index, segment in enumerate(segments):
         labels[ids == segment.id] = index
     names = [classes[s.category] + ("" if s.score is None else f" ({100 * s.score:.0f})") for s in segments]
-    return overlay(image, labels, names, alpha=alpha, legend=legend)
+    return overlay(image, labels, names, colors=segment_colors(segments), alpha=alpha, legend=legend)
 
 
 def _outlined(picture: Image.Image, labels: NDArray[np.integer], width: int) -> Image.Image:
@@ -159,7 +179,13 @@ def _outlined(picture: Image.Image, labels: NDArray[np.integer], width: int) -> 
     return Image.fromarray(pixels)
 
 
-def _tag(picture: Image.Image, labels: NDArray[np.integer], entries: Sequence[_Entry], size: int) -> None:
+def _tag(
+    picture: Image.Image,
+    labels: NDArray[np.integer],
+    entries: Sequence[_Entry],
+    colors: NDArray[np.uint8],
+    size: int,
+) -> None:
     """Each class's number at the place that lies deepest inside one of its regions."""
     step = max(1, max(labels.shape) // 192)
     small = labels[::step, ::step]
@@ -169,7 +195,7 @@ def _tag(picture: Image.Image, labels: NDArray[np.integer], entries: Sequence[_E
         if entry.share < _TAG_SHARE:
             continue
         y, x = _deepest(small == entry.label)
-        color = tuple(int(c) for c in palette(entry.label + 1)[-1])
+        color = tuple(int(c) for c in colors[entry.label])
         text = str(number)
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
         half_w, half_h = (right - left) / 2 + size * 0.3, (bottom - top) / 2 + size * 0.24
@@ -196,7 +222,9 @@ def _deepest(inside: NDArray[np.bool_]) -> tuple[int, int]:
     return int(ys[best]), int(xs[best])
 
 
-def _with_legend(picture: Image.Image, columns: Sequence[Sequence[_Line]], size: int) -> Image.Image:
+def _with_legend(
+    picture: Image.Image, columns: Sequence[Sequence[_Line]], colors: NDArray[np.uint8], size: int
+) -> Image.Image:
     font, small, row, pad = legend_font(size), legend_font(max(10, round(0.85 * size))), _row(size), round(size * 0.8)
     swatch, gap = round(size * 1.75), size * 0.6
     draw = ImageDraw.Draw(picture)
@@ -216,7 +244,7 @@ def _with_legend(picture: Image.Image, columns: Sequence[Sequence[_Line]], size:
         for i, line in enumerate(column):
             middle = size / 2 + (i + 0.5) * row
             if line.label is not None:
-                color = NO_LABEL if line.label < 0 else tuple(int(c) for c in palette(line.label + 1)[-1])
+                color = NO_LABEL if line.label < 0 else tuple(int(c) for c in colors[line.label])
                 box = (x, middle - size * 0.62, x + swatch, middle + size * 0.62)
                 draw.rounded_rectangle(box, radius=size * 0.25, fill=color, outline=(90, 90, 90))
                 if line.label >= 0:
