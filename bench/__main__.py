@@ -26,6 +26,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bench.arguments import output_file
+
 HERE = Path(__file__).resolve().parent
 COMMANDS = ("report", "errors", "aot", "bounds", "plan", "inference", "curves", "step")
 """Modules of this folder with a ``main``."""
@@ -108,7 +110,9 @@ def main(argv: list[str] | None = None) -> int:
         metavar="X",
         help="with --base: slower by how much, beyond the spread (default: 0.05)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write pytest-benchmark's JSON, for report")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="also write pytest-benchmark's JSON, for report"
+    )
     parser.add_argument(
         "-k", metavar="EXPRESSION", default="", help='a part of the cases, as in pytest: "both and not memory"'
     )
@@ -124,8 +128,6 @@ def main(argv: list[str] | None = None) -> int:
 
     if options.cpu_time and torch.get_num_threads() != 1:
         parser.error("--cpu-time adds up all threads: set OMP_NUM_THREADS=1")
-    if options.json and not options.json.parent.is_dir():
-        parser.error(f"--json {options.json}: there is no folder {options.json.parent}")
     if options.threshold is not None and not options.base:
         parser.error("--threshold is the regression gate's: it needs --base")
     if options.threshold is not None and not options.threshold >= 0:

@@ -31,6 +31,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.arguments import output_file
 from infoclip.kernels.aot import AotCall, NativeKernels, compiling_for
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -516,15 +517,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench aot", description="Compile every GPU kernel without a GPU.")
     parser.add_argument("op", nargs="*", metavar="OP", help=f"any of {', '.join(kernels.ROOMS)} (default: all)")
     parser.add_argument("--form", choices=["triton", "cuda"], help="only this form")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every row as JSON")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write every row as JSON")
     parser.add_argument("--all", action="store_true", help="print a row for each kernel, not only the summary")
     parser.add_argument("--quick", action="store_true", help="only the Triton launches that the test-suite compiles")
     options = parser.parse_args(argv)
     for op in options.op:
         if op not in kernels.ROOMS:
             parser.error(f"unknown op {op!r}: expected some of {', '.join(kernels.ROOMS)}")
-    if options.json and not options.json.parent.is_dir():
-        parser.error(f"--json {options.json}: there is no folder {options.json.parent}")
     forms = (options.form,) if options.form else ("triton", "cuda")
     rows, unseen, errors = collect(options.op or kernels.ROOMS, forms, options.quick)
     if options.all:

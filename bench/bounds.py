@@ -22,7 +22,12 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    conv_flop_count,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from bench.peak import give_back, reset_peak, resident
 from infoclip.config import ModelConfig
@@ -66,9 +71,29 @@ def _attention_backward(d: Any, q: Any, k: Any, v: Any, *args: Any, out_shape: A
     return sdpa_backward_flop_count(d, q, k, v)
 
 
-_CPU_ATTENTION = {  # torch counts the kernels of GPUs alone
+def _convolution_backward(
+    grad: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+    mask: Sequence[bool],
+    out_shape: Any = None,
+) -> int:
+    # Each gradient takes as much as forward. torch counts a weight's as that of a convolution that mixes all groups: of
+    # a depthwise one C times too much.
+    return (mask[0] + mask[1]) * conv_flop_count(x, weight, grad, transposed)  # fmt: skip
+
+
+_COUNTED = {  # torch counts the attention kernels of GPUs alone
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.aten.convolution_backward: _convolution_backward,
 }
 
 
@@ -88,7 +113,7 @@ def _fake() -> Iterator[None]:
 @contextmanager
 def counted_flops() -> Iterator[FlopCounterMode]:
     """Operations of torch's own matrix products, attention and convolutions; ops of ours only as their references."""
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_COUNTED) as counter:
         yield counter
 
 

@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bench.arguments import output_file
 from bench.step import MODES, plain_code
 
 __all__ = ["curve", "main"]
@@ -97,8 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--forms", default="plain,fast", help=f"some of {', '.join(FORMS)}; the first is the base")
     parser.add_argument("--steps", type=int, default=200, metavar="N", help="of each training (default: 200)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the picture, as FILE.png and FILE.svg")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the losses as JSON")
+    parser.add_argument("--out", type=output_file, metavar="FILE", help="the picture, as FILE.png and FILE.svg")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the losses as JSON")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the recipe to change")
     options = parser.parse_args(argv)
     forms = [form.strip() for form in options.forms.split(",") if form.strip()]
@@ -106,9 +107,6 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--forms {options.forms}: expected two or more of {', '.join(FORMS)}, each once")
     if options.steps < 1:
         parser.error(f"--steps: expected at least 1, got {options.steps}")
-    for option, file in (("--out", options.out), ("--json", options.json)):
-        if file and not file.parent.is_dir():
-            parser.error(f"{option} {file}: there is no folder {file.parent}")
     curves: dict[str, list[float]] = {}
     try:
         for form in forms:

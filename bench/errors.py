@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from bench.arguments import output_file
 from bench.harness import DTYPES, Suite, all_suites, distance, machine, place
 from infoclip import kernels
 
@@ -106,14 +107,12 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m bench errors", description="Distance of every op, backend and dtype to float64."
     )
     parser.add_argument("op", nargs="*", metavar="OP", help=f"any of {', '.join(names)} (default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON, for report")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the rows as JSON, for report")
     parser.add_argument("--interpreted", action="store_true", help="Triton's kernels alone, in its interpreter")
     options = parser.parse_args(argv)
     for op in options.op:
         if op not in names:
             parser.error(f"unknown op {op!r}: expected some of {', '.join(names)}")
-    if options.json and not options.json.parent.is_dir():
-        parser.error(f"--json {options.json}: there is no folder {options.json.parent}")
     if options.interpreted and os.environ.get("TRITON_INTERPRET") != "1":
         parser.error("--interpreted: set TRITON_INTERPRET=1, which chooses the interpreter before kernels are defined")
     chosen = options.op or names

@@ -17,11 +17,11 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.arguments import output_file
 from bench.peak import give_back, reset_peak, resident
 
 __all__ = ["main", "views", "vocabulary"]
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--classes", type=int, metavar="T", help="default: 171 for views, 847 for the vocabulary")
     parser.add_argument("--memory", default=BUDGET, metavar="AMOUNT", help=f"of the vocabulary (default: {BUDGET})")
     parser.add_argument("--precision", default="fp32", help="of the vocabulary: fp32 or bf16")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the figures there")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     parts = options.part or list(PARTS)

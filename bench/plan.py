@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.arguments import output_file
 from infoclip.budget import format_bytes
 
 __all__ = ["CASES", "Case", "main", "run_case"]
@@ -115,7 +116,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings to change in every case")
     parser.add_argument("--classes", type=int, metavar="T", help="only the cases with so many classes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there, beside those it holds")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="also write the figures there, beside those it holds"
+    )
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.case:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import gc
 import itertools
 import json
@@ -33,6 +34,7 @@ from unittest import mock
 
 import torch
 
+from bench.arguments import output_file
 from bench.peak import give_back, reset_peak, resident
 
 __all__ = ["Form", "main", "plain_code", "time_steps"]
@@ -45,8 +47,8 @@ RECIPES = {
     "maftplus-base": "maftplus-base",
     "maftplus-large": "maftplus-large",
 }
-SIDE = 512
-"""Of MAFT+'s pictures: at the published 800 x 1216 the plain form takes 12 GB (counted)."""
+SIZE = (800, 1216)
+"""Height and width of MAFT+'s pictures, as published for a photo of 2 to 3; a ``data.crop`` takes its place."""
 OBJECTS = 8
 """Classes in a picture of MAFT+'s, each of which is one object."""
 SAME = {"float32": 1e-4, "bfloat16": 3e-2}
@@ -80,7 +82,7 @@ def build(recipe: str, classes: int, batch: int, device: str, folder: Path, over
     masks = base.system != "catseg"
     samples = ["align.samples=pixel"] if batch == 1 and not masks else []
     if masks:
-        samples = ["data.resize=0", "data.scales=", f"data.crop={SIDE}", "data.flip=false"]
+        samples = ["data.resize=0", "data.scales=", "data.crop=0", "data.flip=false"]
     config = apply_overrides(
         base,
         ["clip.pretrained=", "data.kind=folders", f"data.root={folder}", "data.images=images", "data.masks=masks",
@@ -88,9 +90,9 @@ def build(recipe: str, classes: int, batch: int, device: str, folder: Path, over
          f"data.batch_size={batch}", "data.workers=0", f"train.device={device}", *samples, *overrides],
     )  # fmt: skip
     if masks:
-        _write_data(folder, names, config.data.crop, OBJECTS)
+        _write_data(folder, names, (config.data.crop, config.data.crop) if config.data.crop else SIZE, OBJECTS)
     else:
-        _write_data(folder, names, config.clip.image_size, 255)
+        _write_data(folder, names, (config.clip.image_size, config.clip.image_size), 255)
     run = build_run(config, folder / "run", torch.device(device))
     assert run.loader is not None
     run.loader = itertools.repeat(next(run.loader))  # type: ignore[assignment]
@@ -102,7 +104,7 @@ def build(recipe: str, classes: int, batch: int, device: str, folder: Path, over
     return run
 
 
-def _write_data(folder: Path, names: list[str], side: int, present: int) -> None:
+def _write_data(folder: Path, names: list[str], size: tuple[int, int], present: int) -> None:
     import numpy as np
     from PIL import Image
 
@@ -111,10 +113,10 @@ def _write_data(folder: Path, names: list[str], side: int, present: int) -> None
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "names.json").write_text(json.dumps(names))
     for i in range(4):
-        pixels = random.integers(0, 256, (side, side, 3), dtype=np.uint8)
+        pixels = random.integers(0, 256, (*size, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"images/{i}.png")
         blocks = random.integers(0, min(len(names), present), (8, 8), dtype=np.uint8)
-        mask = np.repeat(np.repeat(blocks, -(-side // 8), axis=0), -(-side // 8), axis=1)[:side, :side]
+        mask = blocks.repeat(-(-size[0] // 8), axis=0).repeat(-(-size[1] // 8), axis=1)[: size[0], : size[1]]
         Image.fromarray(mask).save(folder / f"masks/{i}.png")
 
 
@@ -131,12 +133,16 @@ def _as(run: Any, mode: str, dtype: str) -> Iterator[None]:
         if mode in ("plain", "compiled"):
             stack.enter_context(plain_code())
         if mode == "compiled":
-            if not hasattr(run, "compiled"):
-                run.compiled = torch.compile(run.segmentor.forward, dynamic=False)
-            stack.enter_context(mock.patch.object(run.segmentor, "forward", run.compiled))
+            stack.enter_context(mock.patch.object(run.segmentor, "forward", _compiled(run.segmentor)))
         form = "reference" if mode in ("plain", "compiled") else mode
         run._use(Settings(form, 0, run.config.data.batch_size))
         yield
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled(segmentor: torch.nn.Module) -> Callable[..., Any]:
+    compiled: Callable[..., Any] = torch.compile(segmentor.forward, dynamic=False)
+    return compiled
 
 
 def least_operations(run: Any) -> int:
@@ -279,8 +285,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench step",
         description="A whole training step, in the published code's form and in ours, timed in one run. On two CPU "
-        "cores a round of all forms takes two minutes at 171 classes, and the plain form some 15 GB; of MAFT+ on "
-        f"{SIDE} x {SIDE} pixels (data.crop) less than one.",
+        "cores a round of all forms takes two minutes at 171 classes, and the plain form some 15 GB. MAFT+'s pictures "
+        f"have {SIZE[0]} x {SIZE[1]} pixels, or those of a square data.crop.",
     )
     parser.add_argument("--modes", default=",".join(MODES), help=f"some of {', '.join(FORMS)}; the first is the base")
     parser.add_argument("--model", choices=RECIPES, default="vitb16", help="the recipe's CLIP (default: vitb16)")
@@ -289,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=tuple(SAME), default="float32", help="bfloat16: autocast")
     parser.add_argument("--rounds", type=int, default=3, metavar="R", help="counted rounds (default: 3)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="also write the table as JSON")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the recipe to change")
     options = parser.parse_args(argv)
     modes = [mode.strip() for mode in options.modes.split(",") if mode.strip()]
@@ -321,7 +327,8 @@ def main(argv: list[str] | None = None) -> int:
     line = machine()
     table = rows(found, options.batch, operations / rate)
     side = run.config.clip.image_size if run.config.system == "catseg" else run.config.data.crop
-    what = f"{options.model}, {side} px, {options.classes} classes, batch {options.batch}"
+    size = (side, side) if side else SIZE
+    what = f"{options.model}, {size[0]} x {size[1]} px, {options.classes} classes, batch {options.batch}"
     what += f", {options.dtype} on {options.device}"
     print(f"{line}\n\nwhole training step, {what}")
     print(f"{operations / 1e9:,.4g} GFLOP at {rate / 1e9:,.0f} GFLOP/s: floor {operations / rate:.3g} s\n")

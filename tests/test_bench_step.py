@@ -58,7 +58,7 @@ def test_every_form_takes_the_same_step_of_masks(tmp_path: Path, capsys: pytest.
                       f"clip.model={config.clip.model}", "clip.templates=plain", "data.crop=64", *small])  # fmt: skip
     printed = capsys.readouterr()
     assert code == 0, printed.err
-    assert "maftplus-base, 64 px, 6 classes" in printed.out
+    assert "maftplus-base, 64 x 64 px, 6 classes" in printed.out
     assert [line.split(" ")[1] for line in printed.out.splitlines() if line.startswith("| ")][1:] == list(step.MODES)
 
 
@@ -124,7 +124,7 @@ def test_a_curve_of_another_training_fails(monkeypatch: pytest.MonkeyPatch, caps
         (["--forms", "plain"], "expected two or more of plain, fast"),
         (["--forms", "plain,quick"], "expected two or more of plain, fast"),
         (["--steps", "0"], "--steps: expected at least 1, got 0"),
-        (["--out", "nowhere/curves.png"], "--out nowhere/curves.png: there is no folder nowhere"),
+        (["--out", "nowhere/curves.png"], "--out: nowhere/curves.png: there is no folder nowhere"),
     ],
 )
 def test_wrong_input_of_curves(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
