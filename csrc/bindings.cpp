@@ -9,6 +9,7 @@
 
 #include "common/check.hpp"
 #include "cost_volume/cost_volume.hpp"
+#include "depthwise_conv2d/depthwise_conv2d.hpp"
 #include "infonce/infonce.hpp"
 #include "ms_deform_attn/ms_deform_attn.hpp"
 #include "renyi_mutual_information/renyi.hpp"
@@ -320,6 +321,28 @@ PYBIND11_MODULE(_C, m) {
       py::arg("value_s"), py::arg("locations"), py::arg("weights"), py::arg("levels"), py::arg("grad"),
       py::arg("d_value"), py::arg("d_locations"), py::arg("d_weights"), py::arg("order"), py::arg("starts"),
       py::arg("isa"), py::arg("threads"), py::arg("stream"));
+  m.def(
+      "depthwise_conv2d_weight_grad",
+      [](const Sizes& sizes, int64_t dilation, int dtype, uintptr_t x, const Strides4& x_s, uintptr_t grad,
+         const Strides4& grad_s, uintptr_t d_weight, uintptr_t d_bias, const std::string& isa, int threads) {
+        for (int64_t size : sizes) INFOCLIP_CHECK(size > 0, "a size is not above 0");
+        INFOCLIP_CHECK(sizes[4] % 2 == 1 && dilation > 0, "the kernel's side is odd, its dilation above 0");
+        INFOCLIP_CHECK(dtype >= kFloat && dtype <= kDouble, "unknown dtype");
+        DepthwiseConv2d p{};
+        p.B = sizes[0], p.C = sizes[1], p.H = sizes[2], p.W = sizes[3], p.K = sizes[4];
+        p.dilation = dilation, p.dtype = dtype;
+        p.x = reinterpret_cast<const void*>(x);
+        p.grad = reinterpret_cast<const void*>(grad);
+        std::copy(x_s.begin(), x_s.end(), p.x_s);
+        std::copy(grad_s.begin(), grad_s.end(), p.grad_s);
+        p.d_weight = reinterpret_cast<void*>(d_weight);
+        p.d_bias = reinterpret_cast<void*>(d_bias);
+        const Isa chosen = parse_isa(isa);
+        py::gil_scoped_release release;
+        depthwise_conv2d_weight_grad_cpu(p, chosen, threads);
+      },
+      py::kw_only(), py::arg("sizes"), py::arg("dilation"), py::arg("dtype"), py::arg("x"), py::arg("x_s"),
+      py::arg("grad"), py::arg("grad_s"), py::arg("d_weight"), py::arg("d_bias"), py::arg("isa"), py::arg("threads"));
   m.def(
       "renyi_information",
       [](bool cuda, const std::array<int64_t, 2>& sizes, int dtype, const std::vector<int64_t>& widths,

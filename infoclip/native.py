@@ -22,6 +22,7 @@ __all__ = [
     "build_info",
     "cost_volume_backward",
     "cost_volume_forward",
+    "depthwise_conv2d_weight_grad",
     "infonce_backward",
     "infonce_forward",
     "ms_deform_attn_backward",
@@ -38,6 +39,7 @@ DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bflo
 ENTRIES = (
     "build_info",
     "cost_volume_forward",
+    "depthwise_conv2d_weight_grad",
     "infonce_forward",
     "ms_deform_attn_forward",
     "renyi_information",
@@ -437,6 +439,35 @@ def ms_deform_attn_backward(
             isa=isa,
             threads=threads if threads is not None else torch.get_num_threads(),
         )
+
+
+def depthwise_conv2d_weight_grad(
+    x: Tensor,  # [B, C, H, W]
+    grad: Tensor,  # [B, C, H, W], dtype as x
+    dilation: int,
+    d_weight: Tensor,  # [C, 1, K, K] contiguous float32 (float64 for float64), written
+    d_bias: Tensor | None,  # [C] contiguous, dtype as d_weight, written
+    *,
+    isa: str = "auto",
+    threads: int | None = None,
+) -> None:
+    """Write the gradients in the weights and, unless it is None, in the bias; on the CPU.
+
+    ``isa``, ``threads`` and errors as :func:`cost_volume_forward`.
+    """
+    _load().depthwise_conv2d_weight_grad(
+        sizes=[*x.shape, d_weight.shape[-1]],
+        dilation=dilation,
+        dtype=DTYPES[x.dtype],
+        x=x.data_ptr(),
+        x_s=_strides(x),
+        grad=grad.data_ptr(),
+        grad_s=_strides(grad),
+        d_weight=d_weight.data_ptr(),
+        d_bias=_address(d_bias),
+        isa=isa,
+        threads=threads if threads is not None else torch.get_num_threads(),
+    )
 
 
 def renyi_information(

@@ -10,13 +10,14 @@ import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from infoclip.clip.architecture import ConvNeXtArchitecture, build_convnext, convnext_architecture_of
 from infoclip.clip.templates import TEMPLATES
 from infoclip.clip.text import OPENAI_MEAN, OPENAI_STD, TextCLIP
 from infoclip.errors import ConfigError
+from infoclip.kernels.depthwise_conv2d import depthwise_conv2d
 from infoclip.model.memory import region
 
 if TYPE_CHECKING:
@@ -40,6 +41,26 @@ class ConvNeXtFeatures(NamedTuple):
     def detached(self) -> ConvNeXtFeatures:
         """The same maps, through which no gradient passes."""
         return ConvNeXtFeatures(*(x.detach() for x in self))
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """timm's depthwise convolution of a block through :func:`~infoclip.kernels.depthwise_conv2d.depthwise_conv2d`."""
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> nn.Conv2d:
+        """The convolution with its own parameters as one of these; itself where the op does not do what it does."""
+        side, dilation = conv.kernel_size[0], conv.dilation[0]
+        same = cls(
+            conv.in_channels, conv.out_channels, side, padding=side // 2 * dilation, dilation=dilation,
+            groups=conv.in_channels, bias=conv.bias is not None, device="meta",
+        )  # fmt: skip
+        if type(conv) is not nn.Conv2d or side % 2 == 0 or repr(conv) != repr(same).replace(cls.__name__, "Conv2d"):
+            return conv
+        same.weight, same.bias = conv.weight, conv.bias
+        return same
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C, H, W]
+        return depthwise_conv2d(x, self.weight, self.bias, dilation=self.dilation[0])
 
 
 class ConvNeXtCLIP(TextCLIP):
@@ -73,6 +94,10 @@ class ConvNeXtCLIP(TextCLIP):
         self.widths = arch.widths
         self.image_size = arch.image_size
         self.visual = build_convnext(json.loads(arch.vision_cfg), arch.embed_dim)
+        stages: Any = self.visual.trunk.stages  # type: ignore[union-attr]
+        for stage in stages:
+            for block in stage.blocks:
+                block.conv_dw = DepthwiseConv2d.of(block.conv_dw)
         self.add_text_tower()
         self.train()
 

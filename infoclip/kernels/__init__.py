@@ -24,7 +24,7 @@ __all__ = ["BACKENDS", "OPS", "BackendUnavailableError", "Op", "choose", "explai
            "use_backend", "why_not"]  # fmt: skip
 
 BACKENDS = ("reference", "triton", "native")
-ROOMS = ("cost_volume", "infonce", "ms_deform_attn", "renyi_mutual_information", "upsample_bce")
+ROOMS = ("cost_volume", "depthwise_conv2d", "infonce", "ms_deform_attn", "renyi_mutual_information", "upsample_bce")
 
 # In a bare checkout the rooms lie in the sibling folder kernels/ and nobody has mapped them.
 _rooms = Path(__file__).resolve().parent.parent.parent / "kernels"
@@ -73,7 +73,7 @@ def register(op: Op) -> Op:
 
 
 def register_room(name: str, triton: WhyNot, native: WhyNot, reason: Mapping[str, str]) -> Op:
-    """Register an op with its three backends, as every room has them.
+    """Register an op with three backends.
 
     ``auto`` takes ``native`` on the CPU, where each is measured, and the reference on a GPU, where none is yet.
     """
