@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench import harness
+from infoclip import kernels
 from infoclip.errors import DataError, InfoclipError
 
 if TYPE_CHECKING:
@@ -140,11 +141,11 @@ def _compiled(aot: Sequence[Row], op: str, form: str) -> str:
     mine = [r for r in aot if (r["op"], r["form"]) == (op, form)]
     if not mine:
         return ""
-    kernels, failing = sum(r["kernels"] for r in mine), sum(r["failures"] for r in mine)
+    count, failing = sum(r["kernels"] for r in mine), sum(r["failures"] for r in mine)
     spilling = sum(r["spilling"] for r in mine)
     archs = ", ".join(r["arch"].removeprefix("sm_") for r in mine)
     names = sorted({name for r in mine for name in r["instructions"]})
-    told = f"sm {archs}: {kernels} kernels, {spilling or 'no'} spills" + (f", {', '.join(names)}" if names else "")
+    told = f"sm {archs}: {count} kernels, {spilling or 'no'} spills" + (f", {', '.join(names)}" if names else "")
     return told + (f", **{failing} failing**" if failing else "")
 
 
@@ -161,6 +162,8 @@ def summary(found: Results) -> str:
         for backend, device in (("reference", "cpu"), ("native", "cpu"), ("native", "cuda"), ("triton", "cuda")):
             room = next((r for r in harness.all_suites() if op.startswith(r)), op)
             if (backend, device) == ("native", "cuda") and not _compiled(found.aot, room, "cuda"):
+                continue
+            if room in kernels.ops() and backend not in kernels.OPS[room].backends:
                 continue
 
             def error(dtype: str, op: str = op, backend: str = backend, device: str = device) -> str:
