@@ -7,7 +7,6 @@ beside them meets both alike.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -156,7 +155,7 @@ class Base:
         import torch
 
         answer = self._ask(
-            file=suite.make.__module__, suite=suite.title, sizes=case.sizes, part=part, device=device, dtype=dtype,
+            module=suite.make.__module__, suite=suite.title, sizes=case.sizes, part=part, device=device, dtype=dtype,
             backend=backend, threads=torch.get_num_threads(),
         )  # fmt: skip
         if "error" in answer:
@@ -202,9 +201,8 @@ def serve(folder: str, timer: str) -> None:
                 key = [request[name] for name in ("suite", "sizes", "device", "dtype")]
                 if shared[0] != key:
                     shared = (None, None)
-                    # this file alone: the other code may lack what the others' are about
-                    suites = importlib.import_module(request["file"]).SUITES
-                    suite = next(suite for suite in suites if suite.title == request["suite"])
+                    # its module alone: the other code may lack what the others are about
+                    suite = harness.find_suite(request["suite"], request["module"])
                     shared = (key, harness.place(suite, *key[1:]))
                 step, _ = harness.calibrated(shared[1].steps(request["backend"])[request["part"]], request["device"])
                 answer = {}

@@ -22,12 +22,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    conv_flop_count,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
 
 from bench.peak import give_back, reset_peak, resident
 from infoclip.config import ModelConfig
@@ -71,23 +66,11 @@ def _attention_backward(d: Any, q: Any, k: Any, v: Any, *args: Any, out_shape: A
     return sdpa_backward_flop_count(d, q, k, v)
 
 
-def _convolution_backward(
-    grad: Any,
-    x: Any,
-    weight: Any,
-    bias: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    transposed: bool,
-    output_padding: Any,
-    groups: int,
-    mask: Sequence[bool],
-    out_shape: Any = None,
-) -> int:
+def _convolution_backward(grad: Any, x: Any, weight: Any, *args: Any, out_shape: Any = None) -> int:
     # Each gradient takes as much as forward. torch counts a weight's as that of a convolution that mixes all groups: of
     # a depthwise one C times too much.
-    return (mask[0] + mask[1]) * conv_flop_count(x, weight, grad, transposed)  # fmt: skip
+    *_, transposed, _, _, mask = args
+    return int((mask[0] + mask[1]) * conv_flop_count(x, weight, grad, transposed))
 
 
 _COUNTED = {  # torch counts the attention kernels of GPUs alone

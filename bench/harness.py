@@ -105,8 +105,10 @@ def all_suites() -> dict[str, tuple[Suite, ...]]:
     return {name: importlib.import_module(f"bench.suite_{name}").SUITES for name in names}
 
 
-def find_suite(title: str) -> Suite:
-    return next(suite for suites in all_suites().values() for suite in suites if suite.title == title)
+def find_suite(title: str, module: str | None = None) -> Suite:
+    """The suite of that title; where its module is named, no other suite's is imported."""
+    files = all_suites().values() if module is None else [importlib.import_module(module).SUITES]
+    return next(suite for suites in files for suite in suites if suite.title == title)
 
 
 # What is measured -----------------------------------------------------------------------------------------------------

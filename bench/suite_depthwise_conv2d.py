@@ -33,9 +33,8 @@ def _widths(model: str) -> tuple[int, ...]:
 
 def make(sizes: Sizes) -> Problem:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(sizes, generator=generator).contiguous(
-        memory_format=torch.channels_last
-    )  # as the blocks lay it out
+    # Channels last, as the blocks lay it out.
+    x = torch.randn(sizes, generator=generator).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(sizes[1], 1, SIDE, SIDE, generator=generator) / SIDE
     bias = torch.randn(sizes[1], generator=generator)
     return Problem(

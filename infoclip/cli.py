@@ -458,8 +458,10 @@ def evaluate(
 
         dataset = open_panoptic(root, data, images=images, classes=load_classes(classes) if classes else None)
         trained = load_classes(seen) if seen else None
+        name = "evaluation"
         if is_model(path):
-            counted = evaluate_panoptic_model(path, dataset, trained, name=data or "evaluation", device=device, out=out,
+            name = data or name
+            counted = evaluate_panoptic_model(path, dataset, trained, name=name, device=device, out=out,
                                               overrides=overrides or [], processes=processes,
                                               progress=not quiet)  # fmt: skip
         elif overrides:
@@ -471,7 +473,7 @@ def evaluate(
         for table in (counted.summary_table(), *([counted.class_table()] if per_class else [])):
             Console().print(table)
         if out is not None:
-            print(out / f"{(data or 'evaluation') if is_model(path) else 'evaluation'}.html")
+            print(out / f"{name}.html")
         return
     from infoclip.data.benchmarks import get_benchmark
     from infoclip.evaluate.run import SIX, evaluate_benchmarks, evaluate_folder, summary_table

@@ -72,12 +72,12 @@ def register(op: Op) -> Op:
     return op
 
 
-def register_room(name: str, triton: WhyNot, native: WhyNot, reason: Mapping[str, str]) -> Op:
-    """Register an op with three backends.
+def register_room(name: str, triton: WhyNot | None, native: WhyNot, reason: Mapping[str, str]) -> Op:
+    """Register an op with a reference, a native form and, unless it is None, a Triton form.
 
     ``auto`` takes ``native`` on the CPU, where each is measured, and the reference on a GPU, where none is yet.
     """
-    backends = {"reference": _anywhere, "triton": triton, "native": native}
+    backends = {"reference": _anywhere, **({"triton": triton} if triton else {}), "native": native}
     return register(Op(name, backends, {"cpu": ("native", "reference"), "cuda": ("reference",)}, reason))
 
 

@@ -5,23 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from infoclip.kernels import Op, choose, register
+from infoclip.kernels import choose, register_room
 
 from . import native_impl, op
 from .reference import depthwise_conv2d as reference
 
 __all__ = ["depthwise_conv2d"]
 
-register(
-    Op(
-        "depthwise_conv2d",
-        {"reference": lambda device, dtype: None, "native": native_impl.why_not},
-        {"cpu": ("native", "reference")},
-        {
-            "cpu": "measured faster than the reference, forward and backward (python -m bench depthwise_conv2d).",
-            "cuda": "torch's own convolution.",
-        },
-    )
+register_room(
+    "depthwise_conv2d",
+    None,
+    native_impl.why_not,
+    {
+        "cpu": "measured faster than the reference, forward and backward (python -m bench depthwise_conv2d).",
+        "cuda": "torch's own convolution.",
+    },
 )
 
 
