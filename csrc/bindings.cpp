@@ -171,6 +171,15 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of infoclip; load through infoclip.native.";
+  py::register_local_exception_translator([](std::exception_ptr error) {
+    try {
+      std::rethrow_exception(error);
+    } catch (const OutOfMemory& e) {
+      PyErr_SetString(PyExc_RuntimeError, e.what());  // as torch's allocator reports it
+    } catch (const std::bad_alloc&) {
+      PyErr_SetString(PyExc_RuntimeError, "infoclip._C: out of memory");
+    }
+  });
   m.def("build_info", &build_info);
   m.def(
       "cost_volume_work_floats",

@@ -190,10 +190,11 @@ SHORTAGES = [
     RuntimeError(
         "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."
     ),
+    RuntimeError("infoclip._C: out of memory for a buffer of 9 entries of 4 bytes"),
 ]
 
 
-@pytest.mark.parametrize("error", SHORTAGES, ids=["cuda", "cpu"])
+@pytest.mark.parametrize("error", SHORTAGES, ids=["cuda", "cpu", "native"])
 def test_out_of_memory_repeats_the_step_one_mode_down(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
@@ -262,7 +263,7 @@ def test_out_of_memory_for_the_moments_is_one_sentence_before_anything(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("error", SHORTAGES, ids=["cuda", "cpu"])
+@pytest.mark.parametrize("error", SHORTAGES, ids=["cuda", "cpu", "native"])
 def test_out_of_memory_in_the_update_keeps_the_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:

@@ -5,6 +5,7 @@
 #include <memory>
 #include <new>
 
+#include "common/check.hpp"
 #include "common/tiles.hpp"
 
 namespace infoclip {
@@ -26,12 +27,14 @@ template <class T>
 class Buffer {  // n elements, 64-byte aligned, uninitialised
  public:
   explicit Buffer(int64_t n)
-      : data_(static_cast<T*>(std::aligned_alloc(64, ceil_div(std::max<int64_t>(n, 1) * sizeof(T), 64) * 64))) {
-    if (!data_) throw std::bad_alloc();
+      : data_(n >= 0 && n < kMost ? static_cast<T*>(std::aligned_alloc(64, bytes(n))) : nullptr) {
+    if (!data_) throw OutOfMemory(n, sizeof(T));
   }
   T* get() const { return data_.get(); }
 
  private:
+  static constexpr int64_t kMost = int64_t{1} << 58;  // far above any memory, and its bytes do not overflow
+  static size_t bytes(int64_t n) { return ceil_div(std::max<int64_t>(n, 1) * sizeof(T), 64) * 64; }
   std::unique_ptr<T, Free> data_;
 };
 

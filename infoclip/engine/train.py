@@ -832,8 +832,9 @@ def _process_settings(config: Config, device: torch.device) -> Iterator[None]:
 
 
 def _is_shortage(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; the CPU's allocator raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether an error says that memory ran out; the CPU's allocators raise a plain RuntimeError."""
+    told = ("DefaultCPUAllocator", "infoclip._C: out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in told)
 
 
 def _pixels(dense: Tensor) -> Tensor:  # [B, d, h, w] -> [B, n, d]
