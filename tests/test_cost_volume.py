@@ -577,7 +577,7 @@ class TestPublicFunction:
             cost_volume([1.0], text)
         with pytest.raises(TypeError, match=r"text_feats: expected float32, .* got torch.int64"):
             cost_volume(image, text.long())
-        with pytest.raises(ValueError, match="temperature: expected a number above 0, got 0"):
+        with pytest.raises(ValueError, match="temperature: expected a finite number above 0, got 0"):
             cost_volume(image, text, temperature=0)
         with pytest.raises(ValueError, match="backend='fast': expected auto or one of"):
             cost_volume(image, text, backend="fast")

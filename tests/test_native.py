@@ -80,6 +80,24 @@ def test_a_build_of_older_sources_says_so(monkeypatch):
         native._load.cache_clear()
 
 
+def test_a_build_for_another_machine_says_so(monkeypatch):
+    def refused(name):
+        raise ImportError("_C.so: wrong ELF class: ELFCLASS32")
+
+    monkeypatch.setattr(native.importlib, "import_module", refused)
+    native._load.cache_clear()
+    try:
+        reason = native.why_not("cpu")
+        assert reason == (
+            "the native module did not load: _C.so: wrong ELF class: ELFCLASS32. Build it again with 'make setup'."
+        )
+        assert kernels.choose("cost_volume", None, "cpu", torch.float32) == "reference"
+        with pytest.raises(kernels.BackendUnavailableError, match="wrong ELF class"):
+            kernels.choose("cost_volume", "native", "cpu", torch.float32)
+    finally:
+        native._load.cache_clear()
+
+
 def test_an_instruction_set_that_is_not_there():
     x = torch.ones(1, 1, 1)
     with pytest.raises(ValueError, match="unknown instruction set 'mmx'"):

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from infoclip.kernels.arguments import check_floats
+
 __all__ = ["check_samples", "full_precision", "unit", "widened"]
 
 
@@ -38,12 +40,9 @@ def check_samples(name: str, x: Tensor) -> None:
     """Refuse what is not a set of samples ``[..., N, D]``.
 
     Raises:
-        TypeError: not a tensor of floating-point numbers.
+        TypeError: not a dense tensor of floating-point numbers.
         ValueError: fewer than two dimensions, no sample, or samples without entries.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}; expected a tensor")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} has dtype {x.dtype}; expected floating-point numbers")
+    check_floats(**{name: x})
     if x.ndim < 2 or x.shape[-2] == 0 or x.shape[-1] == 0:
         raise ValueError(f"{name} has shape {list(x.shape)}; expected [..., N, D] with N and D of at least 1")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from infoclip.kernels import choose, register_room
+from infoclip.kernels.arguments import check_floats, check_one_device, check_scale
 
 from . import embedding, native_impl, op, reference, triton_impl
 
@@ -49,8 +50,8 @@ def cost_volume(
         backend: ``reference``, ``triton``, ``native`` or ``auto``; None asks ``INFOCLIP_BACKEND``, then ``auto``.
 
     Raises:
-        TypeError: an input is no floating-point tensor.
-        ValueError: shapes or devices do not fit, the temperature is not above 0, or the backend is unknown.
+        TypeError: an input is no dense floating-point tensor, or the temperature no number.
+        ValueError: shapes or devices do not fit, the temperature is not finite and above 0, or the backend is unknown.
         infoclip.kernels.BackendUnavailableError: the backend asked for by name cannot run here.
     """
     image_feats, text_feats, dtype, scale = _inputs(image_feats, text_feats, temperature)
@@ -135,14 +136,16 @@ def cost_embedding(
         TypeError, ValueError: as :func:`cost_volume`; weight, bias or grid do not fit; ``class_chunk`` below 1.
     """
     image_feats, text_feats, dtype, scale = _inputs(image_feats, text_feats, temperature)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if not isinstance(value, Tensor) and not (name == "bias" and value is None):
-            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    learnt = {"weight": weight} | ({} if bias is None else {"bias": bias})
+    check_floats(**learnt)
+    check_one_device(image_feats=image_feats, **learnt)
     prompts = text_feats.shape[-2]
     if weight.dim() != 4 or weight.shape[1] != prompts or weight.shape[2] != weight.shape[3] or not weight.shape[2] % 2:
         raise ValueError(f"weight: expected [C, {prompts}, k, k] with an odd k, got {list(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
+    if not isinstance(grid, (tuple, list)) or not all(isinstance(side, (int, torch.SymInt)) for side in grid):
+        raise TypeError(f"grid: expected two whole numbers (h, w), got {grid!r}")
     if len(grid) != 2 or grid[0] * grid[1] != image_feats.shape[1] or min(grid) < 1:
         raise ValueError(f"grid: expected (h, w) with h w = {image_feats.shape[1]}, got {tuple(grid)}")
     if not weight.shape[0] or not prompts or not image_feats.shape[-1]:
@@ -166,11 +169,7 @@ def _inputs(
     temperature: float | None,
 ) -> tuple[Tensor, Tensor, torch.dtype, float]:
     """Both in the dtype of the call, that dtype, and the factor of the cosine."""
-    for name, value in (("image_feats", image_feats), ("text_feats", text_feats)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-        if value.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {value.dtype}")
+    check_floats(image_feats=image_feats, text_feats=text_feats)
     if image_feats.dim() != 3:
         raise ValueError(f"image_feats: expected [B, N, d], got {list(image_feats.shape)}")
     batch, _, dim = image_feats.shape
@@ -181,12 +180,9 @@ def _inputs(
         )
     if text_feats.dim() == 4 and text_feats.shape[0] != batch:
         raise ValueError(f"text_feats: expected a batch of {batch} as image_feats has, got {text_feats.shape[0]}")
-    if image_feats.device != text_feats.device:
-        raise ValueError(
-            f"image_feats is on {image_feats.device}, text_feats on {text_feats.device}: expected one device"
-        )
-    if temperature is not None and not temperature > 0:
-        raise ValueError(f"temperature: expected a number above 0, got {temperature}")
+    check_one_device(image_feats=image_feats, text_feats=text_feats)
+    if temperature is not None:
+        check_scale("temperature", temperature)
 
     device = image_feats.device.type
     dtype = torch.promote_types(image_feats.dtype, text_feats.dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from infoclip.kernels import choose, register_room
+from infoclip.kernels.arguments import check_floats, check_one_device
 
 from . import native_impl, op
 from .reference import depthwise_conv2d as reference
@@ -50,11 +51,10 @@ def depthwise_conv2d(
         infoclip.kernels.BackendUnavailableError: the backend asked for by name cannot run here.
     """
     given = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
-    for name, tensor in given.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {tensor.dtype}")
+    check_floats(**given)
+    check_one_device(**given)
+    if isinstance(dilation, bool) or not isinstance(dilation, int):
+        raise TypeError(f"dilation: expected a whole number, got {type(dilation).__name__}")
     if x.dim() != 4 or not x.numel():
         raise ValueError(f"x: expected [B, C, H, W] with at least one of everything, got {list(x.shape)}")
     channels = x.shape[1]
@@ -68,8 +68,6 @@ def depthwise_conv2d(
     kind = x.device.type
     lowered = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     for name, tensor in given.items():
-        if tensor.device != x.device:
-            raise ValueError(f"x is on {x.device}, {name} on {tensor.device}: expected one device")
         if tensor.dtype != x.dtype and not lowered:
             raise TypeError(f"x has dtype {x.dtype}, {name} {tensor.dtype}: expected one dtype")
     chosen = choose("depthwise_conv2d", backend, kind, x.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from infoclip.kernels import choose, register_room
+from infoclip.kernels.arguments import check_floats, check_one_device, check_scale, check_whole_numbers
 
 from . import native_impl, op, triton_impl
 from .reference import infonce as reference
@@ -79,11 +79,9 @@ def infonce(
             device; such an index gives a loss that is NaN there).
         infoclip.kernels.BackendUnavailableError: the backend asked for by name cannot run here.
     """
-    for name, value in (("x", x), ("y", y)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-        if value.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {value.dtype}")
+    check_floats(x=x, y=y)
+    if not isinstance(symmetric, bool):
+        raise TypeError(f"symmetric: expected True or False, got {symmetric!r}")
     if x.dim() < 3:
         raise ValueError(f"x: expected [.., N, D] with at least one leading axis, got {list(x.shape)}")
     if y.dim() != x.dim() or y.shape[:-2] != x.shape[:-2] or y.shape[-1] != x.shape[-1]:
@@ -91,8 +89,7 @@ def infonce(
         raise ValueError(f"y: expected [{want}] beside x {list(x.shape)}, got {list(y.shape)}")
     if not x.numel() or not y.numel():
         raise ValueError(f"x {list(x.shape)} and y {list(y.shape)}: expected at least one of everything")
-    if x.device != y.device:
-        raise ValueError(f"x is on {x.device}, y on {y.device}: expected one device")
+    check_one_device(x=x, y=y)
     if positive is None:
         if x.shape != y.shape:
             raise ValueError(
@@ -102,7 +99,7 @@ def infonce(
     else:
         positive = _checked_positive(positive, x, y)
     wide = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
-    temperature = _checked_temperature(temperature, x.device, wide)
+    temperature = _checked_temperature(temperature, x, wide)
 
     dtype = torch.promote_types(x.dtype, y.dtype)
     x, y = x.to(dtype).flatten(0, -3), y.to(dtype).flatten(0, -3)
@@ -130,16 +127,12 @@ def _measured(x: Tensor, y: Tensor) -> str | None:
 
 
 def _checked_positive(positive: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    if not isinstance(positive, Tensor):
-        raise TypeError(f"positive: expected a tensor, got {type(positive).__name__}")
-    if positive.is_floating_point() or positive.is_complex() or positive.dtype == torch.bool:
-        raise TypeError(f"positive: expected whole numbers, got {positive.dtype}")
+    check_whole_numbers(positive=positive)
     if positive.shape != x.shape[:-1]:
         raise ValueError(
             f"positive: expected {list(x.shape[:-1])} beside x {list(x.shape)}, got {list(positive.shape)}"
         )
-    if positive.device != x.device:
-        raise ValueError(f"x is on {x.device}, positive on {positive.device}: expected one device")
+    check_one_device(x=x, positive=positive)
     positive = positive.long()
     # The check reads the indices, which a graph under compilation cannot.
     if positive.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -149,17 +142,13 @@ def _checked_positive(positive: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return positive
 
 
-def _checked_temperature(temperature: float | Tensor, device: torch.device, wide: torch.dtype) -> float | Tensor:
+def _checked_temperature(temperature: float | Tensor, x: Tensor, wide: torch.dtype) -> float | Tensor:
     if isinstance(temperature, Tensor):
         if not temperature.is_floating_point():
             raise TypeError(f"temperature: expected a number or a floating-point tensor, got {temperature.dtype}")
         if temperature.dim() != 0:
             raise ValueError(f"temperature: expected a number or a tensor of no axes, got {list(temperature.shape)}")
-        if temperature.device != device:
-            raise ValueError(f"x is on {device}, temperature on {temperature.device}: expected one device")
+        check_one_device(x=x, temperature=temperature)
         return temperature.to(wide)  # whether it is above 0 is not read: that would stall a device
-    if not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature: expected a number or a tensor, got {type(temperature).__name__}")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
+    check_scale("temperature", temperature)
     return temperature

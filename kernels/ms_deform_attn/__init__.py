@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from infoclip.kernels import choose, register_room
+from infoclip.kernels.arguments import check_floats, check_one_device
 
 from . import native_impl, op, triton_impl
 from .reference import ms_deform_attn as reference
@@ -54,11 +55,7 @@ def ms_deform_attn(
         ValueError: shapes or devices that do not go together, an empty axis, an unknown backend.
         infoclip.kernels.BackendUnavailableError: the backend asked for by name cannot run here.
     """
-    for name, tensor in (("value", value), ("locations", locations), ("weights", weights)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {tensor.dtype}")
+    check_floats(value=value, locations=locations, weights=weights)
     levels = _levels(shapes)
     if value.dim() != 4:
         raise ValueError(f"value: expected [B, S, M, D], got {list(value.shape)}")
@@ -76,11 +73,7 @@ def ms_deform_attn(
         )
     if sum(h * w for h, w in levels) != S:
         raise ValueError(f"shapes {levels} hold {sum(h * w for h, w in levels)} pixels; value has {S}")
-    if not value.device == locations.device == weights.device:
-        raise ValueError(
-            f"value is on {value.device}, locations on {locations.device}, weights on {weights.device}: "
-            "expected one device"
-        )
+    check_one_device(value=value, locations=locations, weights=weights)
     precise = torch.float64 if value.dtype == torch.float64 else torch.float32
     locations, weights = locations.to(precise), weights.to(precise)
     chosen = choose("ms_deform_attn", backend, value.device.type, value.dtype)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from infoclip.kernels import BackendUnavailableError, choose, register_room
+from infoclip.kernels.arguments import check_one_device
 from infoclip.kernels.numerics import check_samples
 
 from . import estimate, native_impl, op, reference, triton_impl
@@ -252,15 +253,12 @@ def _check_views(views: Sequence[Tensor]) -> None:
     for index, x in enumerate(views):
         name = f"set {index}"
         check_samples(name, x)
-        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            raise TypeError(f"{name} has dtype {x.dtype}; expected float32, float16, bfloat16 or float64")
         if x.shape[:-1] != views[0].shape[:-1]:
             raise ValueError(
                 f"{name} has shape {list(x.shape)} and set 0 {list(views[0].shape)}; "
                 "expected the same batch and number of samples"
             )
-        if x.device != views[0].device:
-            raise ValueError(f"{name} is on {x.device} and set 0 on {views[0].device}; expected one device")
+    check_one_device(**{f"set {index}": x for index, x in enumerate(views)})
 
 
 def _check_order(alpha: float) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from infoclip.kernels import choose, register_room
+from infoclip.kernels.arguments import check_floats, check_one_device, check_whole_numbers
 
 from . import native_impl, op, triton_impl
 from .reference import upsample_bce as reference
@@ -53,13 +54,12 @@ def upsample_bce(
             stall the device; such labels count as ignored there).
         infoclip.kernels.BackendUnavailableError: the backend asked for by name cannot run here.
     """
-    for name, value in (("logits", logits), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"logits: expected float32, float16, bfloat16 or float64, got {logits.dtype}")
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise TypeError(f"target: expected whole numbers, got {target.dtype}")
+    check_floats(logits=logits)
+    check_whole_numbers(target=target)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected a whole number, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: expected a number of 64 bits, as labels are, got {ignore_index}")
     if logits.dim() != 4:
         raise ValueError(f"logits: expected [B, T, h, w], got {list(logits.shape)}")
     if target.dim() != 3 or target.shape[0] != logits.shape[0]:
@@ -68,8 +68,7 @@ def upsample_bce(
         raise ValueError(
             f"logits {list(logits.shape)} and target {list(target.shape)}: expected at least one of everything"
         )
-    if logits.device != target.device:
-        raise ValueError(f"logits is on {logits.device}, target on {target.device}: expected one device")
+    check_one_device(logits=logits, target=target)
     if ignored not in ("negative", "masked"):
         raise ValueError(f"ignored: expected 'negative' or 'masked', got {ignored!r}")
     target = target.long()
