@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -139,3 +140,43 @@ def test_a_bare_checkout_finds_the_rooms(tmp_path):
     assert str(tmp_path) in done.stdout
     assert "[1, 1, 4, 2]" in done.stdout
     assert "is not built" in done.stdout
+
+
+def in_a_process(code: str) -> str:
+    """What a Python process prints that has used torch's pool of two threads and defines ``volume()``, a call of the
+    native code that is worth two."""
+    setup = (
+        "import os, sys, torch\n"
+        "from infoclip.kernels.cost_volume import cost_volume\n"
+        "torch.set_num_threads(2)\n"
+        "image, text = torch.ones(2, 600, 256), torch.ones(200, 1, 256)\n"
+        "(image @ image.mT).exp()\n"
+        "def volume(): return cost_volume(image, text, backend='native')\n"
+    )
+    command = [sys.executable, "-c", setup + code]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_the_threads_are_those_of_torch():
+    """Threads of its own would share their cores with torch's, which go on turning for a while after their work."""
+    counts = in_a_process(
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "for _ in range(20): volume()\n"
+        "print(before, len(os.listdir('/proc/self/task')))\n"
+    ).split()
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_has_threads_of_its_own():
+    """The copy of a pool has no threads in it: a region that waited for them would never end."""
+    printed = in_a_process(
+        "want = volume().numpy().tobytes()\n"
+        "sys.stdout.flush()\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    os._exit(0 if volume().numpy().tobytes() == want else 1)\n"
+        "print(os.waitpid(child, 0)[1])\n"
+    )
+    assert printed.split() == ["0"]

@@ -7,6 +7,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__unix__) || defined(__APPLE__)
+#define INFOCLIP_POSIX 1
+#include <dlfcn.h>
+#include <pthread.h>
+#endif
 
 namespace infoclip {
 
@@ -71,14 +76,63 @@ Isa parse_isa(const std::string& name) {
   throw std::invalid_argument("infoclip._C: unknown instruction set '" + name + "'");
 }
 
-Team::Team(int threads) {
-  const int others = std::max(threads, 1) - 1;
-  threads_.reserve(others);
+namespace {
+
+// What a compiler calls for `#pragma omp parallel`, of the runtime that is there already: GNU's own or LLVM's, which has
+// the same entries. Linking one would bring a second pool into the process.
+struct OpenMp {
+  void (*start)(void (*)(void*), void*, unsigned) = nullptr;
+  void (*end)() = nullptr;
+  int (*size)() = nullptr;
+  int (*index)() = nullptr;
+};
+
+#ifdef INFOCLIP_POSIX
+std::atomic<bool> forked{false};
+
+template <class F>
+void look_up(F*& f, const char* name) {
+  f = reinterpret_cast<F*>(dlsym(RTLD_DEFAULT, name));
+}
+
+const OpenMp* openmp() {
+  static const OpenMp found = [] {
+    OpenMp o;
+    look_up(o.start, "GOMP_parallel_start");
+    look_up(o.end, "GOMP_parallel_end");
+    look_up(o.size, "omp_get_num_threads");
+    look_up(o.index, "omp_get_thread_num");
+    pthread_atfork(nullptr, nullptr, [] { forked = true; });
+    return o;
+  }();
+  return found.start && found.end && found.size && found.index && !forked ? &found : nullptr;
+}
+#else
+const OpenMp* openmp() { return nullptr; }
+#endif
+
+}  // namespace
+
+Team::Team(int threads, int64_t useful)
+    : wanted_(static_cast<int>(std::max<int64_t>(std::min<int64_t>(threads, useful), 1) - 1)), pool_(wanted_ > 0 && openmp() != nullptr) {
+  if (wanted_ == 0) return;
+  if (pool_) {
+    openmp()->start(&Team::enter, this, static_cast<unsigned>(threads));
+    others_ = std::min(wanted_, openmp()->size() - 1);  // the runtime may give fewer than were asked for
+    return;
+  }
+  threads_.reserve(wanted_);
   try {
-    for (int i = 0; i < others; ++i) threads_.emplace_back([this] { work(); });
+    for (; others_ < wanted_; ++others_) threads_.emplace_back([this] { work(); });
   } catch (const std::system_error&) {
     // Fewer threads than asked for: slower, the same bits.
   }
+}
+
+void Team::enter(void* team) {
+  Team* t = static_cast<Team*>(team);
+  const int index = openmp()->index();
+  if (index > 0 && index <= t->wanted_) t->work();
 }
 
 Team::~Team() {
@@ -88,6 +142,7 @@ Team::~Team() {
   }
   start_.notify_all();
   for (auto& thread : threads_) thread.join();
+  if (pool_) openmp()->end();
 }
 
 void Team::drain() {
@@ -137,7 +192,7 @@ void Team::work() {
 
 void Team::run(int64_t count, const std::function<void(int64_t)>& item) {
   if (count <= 0) return;
-  if (threads_.empty() || count == 1) {
+  if (others_ == 0 || count == 1) {
     for (int64_t i = 0; i < count; ++i) item(i);
     return;
   }
@@ -146,7 +201,7 @@ void Team::run(int64_t count, const std::function<void(int64_t)>& item) {
     item_ = &item;
     count_ = count;
     next_.store(0, std::memory_order_relaxed);
-    busy_ = static_cast<int>(threads_.size());
+    busy_ = others_;
     ++round_;
   }
   start_.notify_all();

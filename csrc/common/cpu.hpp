@@ -32,21 +32,29 @@ Isa parse_isa(const std::string& name);
 #define INFOCLIP_BY_ISA(isa, name) ((void)(isa), baseline::name)
 #endif
 
-// n threads (the caller is one) that live as long as the call. Work items are handed out one by one, so a busy core
-// holds nobody up; every item must write its own place, which makes the result independent of the number of threads.
+// Up to `useful` threads (the caller is one) for the length of a call. Work items are handed out one by one, so a busy
+// core holds nobody up; every item must write its own place, which makes the result independent of the number of threads.
 // The first exception of an item is thrown again by run().
+//
+// They are those of the OpenMP runtime that torch has loaded: its threads go on turning for a while after torch's own work,
+// and others beside them would have to share their cores. Where there is none, and in a forked process, whose copy of such
+// a pool has lost its threads, the team makes threads of its own. `threads` is how many torch works with: the pool is
+// entered as a whole, as libgomp takes a pool of another size down and puts it up again.
 class Team {
  public:
-  explicit Team(int threads);
+  Team(int threads, int64_t useful);
   ~Team();
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
   void run(int64_t count, const std::function<void(int64_t)>& item);
 
  private:
+  static void enter(void* team);
   void drain();
   void work();
-  std::vector<std::thread> threads_;
+  const int wanted_;  // threads beside the caller that are to work
+  const bool pool_;   // they are the OpenMP runtime's
+  int others_ = 0;    // those that do
   std::mutex mutex_;
   std::condition_variable start_, done_;
   const std::function<void(int64_t)>* item_ = nullptr;
@@ -56,6 +64,7 @@ class Team {
   std::atomic<int> busy_{0};
   std::atomic<bool> stop_{false};
   std::exception_ptr error_;
+  std::vector<std::thread> threads_;
 };
 
 }  // namespace infoclip

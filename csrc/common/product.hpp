@@ -58,8 +58,6 @@ void multiply(const Tiles<C>& k, Team& team, const char* A, int64_t rows, const 
 }
 
 // A thread's wake-up costs as much as about 20 million operations: little work is not worth a second one.
-inline int useful_threads(double operations, int threads) {
-  return static_cast<int>(std::min<double>(std::max(threads, 1), 1.0 + operations / 2e7));
-}
+inline int64_t useful_threads(double operations) { return static_cast<int64_t>(1.0 + operations / 2e7); }
 
 }  // namespace infoclip

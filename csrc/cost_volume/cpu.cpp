@@ -31,9 +31,7 @@ std::vector<int64_t> image_offsets(const CostVolume& p) {
   return off;
 }
 
-int threads_for(const CostVolume& p, int threads) {
-  return useful_threads(2.0 * p.N * p.P * p.T * p.D, threads);
-}
+int64_t useful(const CostVolume& p) { return useful_threads(2.0 * p.N * p.P * p.T * p.D); }
 
 template <class C>
 void forward(const CostVolume& p, Isa isa, int threads) {
@@ -45,7 +43,7 @@ void forward(const CostVolume& p, Isa isa, int threads) {
   Buffer<char> text(text_panels * text_bytes), image(image_panels * image_bytes);
   Buffer<C> text_inverse(text_panels * k.mr), image_inverse(image_panels * k.nr);
   Buffer<C> highest(p.highest ? R * across : 0);  // of each row in each column of tiles
-  Team team(threads_for(p, threads));
+  Team team(threads, useful(p));
   for (int64_t b = 0; b < p.B; ++b) {
     const int64_t pack_text = (b == 0 || !p.shared) ? text_panels : 0;
     team.run(pack_text + image_panels, [&](int64_t i) {
@@ -106,7 +104,7 @@ void backward(const CostVolume& p, Isa isa, int threads) {
   Buffer<C> d_unit_image(p.d_image ? N * D : 0);
   Buffer<char> image_columns(p.d_text ? d_panels * right_n : 0), grad_rows(p.d_text ? r_panels * left_n : 0);
   Buffer<C> d_unit_text(p.d_text ? R * D : 0);
-  Team team(threads_for(p, threads));
+  Team team(threads, useful(p));
   constexpr int64_t kRows = 16;  // rows of the projection in a work item
 
   auto finish = [&](const C* g, int64_t rows, const void* x, const std::vector<int64_t>& off, int64_t stride,

@@ -18,8 +18,7 @@ void run(const DepthwiseConv2d& p, Isa isa, int threads) {
   const int64_t x_size = (2 * reach + 1) * (p.W + 2 * reach) * k.lanes;
   std::vector<C> sums(blocks * parts * taps * k.lanes);
   // A thread costs some 20 us: fewer than 2^16 products do not feed one.
-  const int64_t useful = std::max<int64_t>(p.B * p.C * p.H * p.W * p.K * p.K >> 16, 1);
-  Team team(static_cast<int>(std::min<int64_t>({threads, useful, blocks * parts})));
+  Team team(threads, std::min<int64_t>(p.B * p.C * p.H * p.W * p.K * p.K >> 16, blocks * parts));
   team.run(blocks * parts, [&](int64_t i) {
     const int64_t block = i / parts, part = i % parts, y0 = part % runs * ROWS;
     std::vector<C> x(x_size), g(p.W * k.lanes);  // the zeros beside and above the rows are read as they are

@@ -51,7 +51,7 @@ class Driver {
         together(evenly(p.B, std::max<int64_t>(kTogether / std::max(p.N, p.M), 1))),
         edge(together * std::min(p.N, p.M) >= 8 * 192 ? 192 : 96),
         x(p.N, edge, p.x, p.x_s), y(p.M, edge, p.y, p.y_s), scale(scale_of<C>(p)),
-        team(useful_threads(2.0 * p.B * p.N * p.M * p.D, threads)) {}
+        team(threads, useful_threads(2.0 * p.B * p.N * p.M * p.D)) {}
 
   void forward() {
     Buffer<char> x_rows(together * x.blocks * rows_bytes(k.mr)), y_rows(together * y.blocks * rows_bytes(k.nr));

@@ -16,16 +16,15 @@ const DeformRows<C>& rows_of(Isa isa) {
 }
 
 // A thread costs some 20 us: fewer than 2^13 samples do not feed one.
-int team_size(const MsDeformAttn& p, int threads, int64_t items) {
-  const int64_t useful = std::max<int64_t>(p.B * p.Q * p.M * p.L * p.P >> 13, 1);
-  return static_cast<int>(std::min<int64_t>({threads, useful, items}));
+int64_t useful(const MsDeformAttn& p, int64_t items) {
+  return std::min(p.B * p.Q * p.M * p.L * p.P >> 13, items);
 }
 
 template <class C>
 void forward_run(const MsDeformAttn& p, Isa isa, int threads) {
   const DeformRows<C>& k = rows_of<C>(isa);
   const int64_t runs = (p.Q + RUN - 1) / RUN, corners = 4 * p.L * p.P;
-  Team team(team_size(p, threads, p.B * runs));
+  Team team(threads, useful(p, p.B * runs));
   team.run(p.B * runs, [&](int64_t i) {
     thread_local std::vector<int64_t> off;
     thread_local std::vector<C> coef;
@@ -42,7 +41,7 @@ void backward_run(const MsDeformAttn& p, Isa isa, int threads) {
   std::vector<int64_t> starts(p.L + 1, 0);
   for (int64_t l = 0; l < p.L; ++l) starts[l + 1] = starts[l] + p.shapes[2 * l] * p.shapes[2 * l + 1];
   const int64_t items = p.B * p.M * p.L;
-  Team team(team_size(p, threads, items));
+  Team team(threads, useful(p, items));
   team.run(items, [&](int64_t i) {
     std::vector<C> room(3 * p.D), plane;
     const int64_t l = i % p.L;

@@ -113,7 +113,7 @@ template <class C>
 class Run {
  public:
   Run(const RenyiInformation& p, Isa isa, int threads)
-      : z_(p, isa), team_(useful_threads(operations(p), threads)) {
+      : z_(p, isa), team_(threads, useful_threads(operations(p))) {
     // Enough sets at a time to keep every thread busy: one, but for small sets.
     const int64_t items = z_.keep || !z_.gradient ? z_.pairs : std::max<int64_t>(z_.blocks / 2, 1);
     const int64_t at_a_time = std::clamp<int64_t>(ceil_div(4 * threads, items), 1, p.B);

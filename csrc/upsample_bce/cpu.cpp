@@ -82,8 +82,7 @@ void run(const UpsampleBce& p, Isa isa, int threads, const std::vector<int32_t>&
                                 : static_cast<double>(p.B) * p.T * p.H * p.W;
   std::vector<double> losses(p.B * p.T);
   // A thread costs some 20 us: a plane of fewer than 2^14 samples does not feed one.
-  const int64_t useful = std::max<int64_t>(p.B * p.T * p.H * p.W >> 14, 1);
-  Team team(static_cast<int>(std::min<int64_t>({threads, useful, p.B * p.T})));
+  Team team(threads, std::min<int64_t>(p.B * p.T * p.H * p.W >> 14, p.B * p.T));
   team.run(p.B * p.T, [&](int64_t i) {
     thread_local std::vector<C> work;
     losses[i] = plane(p, k, ay, ax, labels.data() + i / p.T * p.H * p.W, i / p.T, i % p.T,
