@@ -36,9 +36,11 @@ def mask_pooling(
             logits = widened(mask_logits)
             if logits.shape[2:] != x.shape[2:]:
                 logits = F.interpolate(logits, size=x.shape[2:], mode="bilinear", align_corners=False)
-            inside = (logits > 0).to(x.dtype).flatten(2)  # [B, Q, n]
-            inside /= inside.sum(dim=-1, keepdim=True) + 1e-8
-        return torch.bmm(inside, x.flatten(2).mT).to(features.dtype)
+            # Written as numbers at once, and divided by after the product: a pass over all pixels less, twice.
+            inside = torch.gt(logits, 0, out=torch.empty_like(logits)).flatten(2)  # [B, Q, n]
+            pixels = inside.sum(dim=-1, keepdim=True) + 1e-8
+        # In this order the gradient comes out as the features lie.
+        return (torch.bmm(x.flatten(2), inside.mT).mT / pixels).to(features.dtype)
 
 
 def class_logits(
