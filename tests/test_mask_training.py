@@ -14,14 +14,14 @@ from PIL import Image
 from small_models import small_mask_config
 from torch import Tensor
 from torchvision import tv_tensors
-from training_data import CLASSES, weights, write_folders
+from training_data import CLASSES, weights, write_folders, write_panoptic
 
 import infoclip
 import infoclip.engine.train as engine
 from bench.bounds import MASK_BOUNDS, broken_masks, count_masks
 from infoclip.config import Config, DataConfig, MaskConfig, OptimConfig, TrainConfig, apply_overrides
 from infoclip.data.objects import Objects, find_objects, object_masks
-from infoclip.data.panoptic import Segment, encode_segment_ids, open_panoptic
+from infoclip.data.panoptic import Segment, open_panoptic
 from infoclip.data.transforms import seeded, training_transform
 from infoclip.engine.log import read_log
 from infoclip.engine.mask_run import MaskRun, shares
@@ -31,39 +31,6 @@ from infoclip.errors import ConfigError, DataError, InfoclipWarning, OutOfMemory
 from infoclip.model.maftplus import MaskSegmentor
 from infoclip.objective import SetCriterion, mask_aware_loss
 from infoclip.recipes import get_recipe
-
-CATEGORIES = [
-    {"id": 1, "name": "person", "isthing": 1},
-    {"id": 18, "name": "dog", "isthing": 1},
-    {"id": 92, "name": "sky-other-merged", "isthing": 0},
-]
-
-
-def write_panoptic(root: Path, count: int = 5, size: tuple[int, int] = (40, 56)) -> Path:
-    """Pictures whose red channel shows the segment: sky above, two persons, a dog (in every second one), a crowd."""
-    for name in ("images", "panoptic"):
-        (root / name).mkdir(parents=True, exist_ok=True)
-    pictures, annotations = [], []
-    random = np.random.default_rng(0)
-    for i in range(count):
-        ids = torch.zeros(size, dtype=torch.int64)
-        ids[:10], ids[12:30, 2:12], ids[12:34, 16:24] = 255, 70_000, 3
-        segments = [(255, 92, 0), (70_000, 1, 0), (3, 1, 0)]
-        if i % 2:
-            ids[20:36, 28:36] = 9
-            segments.append((9, 18, 0))
-        ids[30:, 44:] = 77
-        segments.append((77, 1, 1))
-        pixels = random.integers(0, 256, (*size, 3), dtype=np.uint8)
-        pixels[..., 0] = (ids % 251).numpy()
-        Image.fromarray(pixels).save(root / f"images/{i}.png")
-        (root / f"panoptic/{i}.png").write_bytes(encode_segment_ids(ids))
-        pictures.append({"id": i, "file_name": f"{i}.png"})
-        listed = [{"id": a, "category_id": b, "iscrowd": c} for a, b, c in segments]
-        annotations.append({"image_id": i, "file_name": f"{i}.png", "segments_info": listed})
-    data = {"images": pictures, "annotations": annotations, "categories": CATEGORIES}
-    (root / "panoptic.json").write_text(json.dumps(data))
-    return root
 
 
 def mask_config(folder: Path, system: str = "maftplus", panoptic: bool = True, **train: Any) -> Config:

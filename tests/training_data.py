@@ -6,15 +6,23 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from infoclip.config import AlignConfig, ClipConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from infoclip.data.panoptic import encode_segment_ids
 
-__all__ = ["CLASSES", "INFOCLIP", "tiny_config", "weights", "write_folders"]
+__all__ = ["CATEGORIES", "CLASSES", "INFOCLIP", "tiny_config", "weights", "write_folders", "write_panoptic"]
 
 CLASSES = ["red circle", "blue square", "grass", "sand", "water"]
+
+CATEGORIES = [
+    {"id": 1, "name": "person", "isthing": 1},
+    {"id": 18, "name": "dog", "isthing": 1},
+    {"id": 92, "name": "sky-other-merged", "isthing": 0},
+]
 
 _CLIP = {
     "embed_dim": 32,
@@ -69,3 +77,39 @@ def tiny_config(root: Path, align: AlignConfig | None = None, **train: object) -
         optim=OptimConfig(lr=1e-3, clip_lr_multiplier=0.1),
         train=TrainConfig(**{**values, **train}),  # type: ignore[arg-type]
     )  # fmt: skip
+
+
+def write_panoptic(
+    root: Path,
+    count: int = 5,
+    size: tuple[int, int] = (40, 56),
+    places: tuple[str, str, str] = ("images", "panoptic", "panoptic.json"),
+) -> Path:
+    """Pictures whose red channel shows the segment: sky above, two persons, a dog (in every second one), a crowd.
+
+    ``places``: where the pictures, the PNGs and the JSON go below ``root``.
+    """
+    images, maps, listing = (root / place for place in places)
+    for folder in (images, maps, listing.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    pictures, annotations = [], []
+    random = np.random.default_rng(0)
+    for i in range(count):
+        ids = torch.zeros(size, dtype=torch.int64)
+        ids[:10], ids[12:30, 2:12], ids[12:34, 16:24] = 255, 70_000, 3
+        segments = [(255, 92, 0), (70_000, 1, 0), (3, 1, 0)]
+        if i % 2:
+            ids[20:36, 28:36] = 9
+            segments.append((9, 18, 0))
+        ids[30:, 44:] = 77
+        segments.append((77, 1, 1))
+        pixels = random.integers(0, 256, (*size, 3), dtype=np.uint8)
+        pixels[..., 0] = (ids % 251).numpy()
+        Image.fromarray(pixels).save(images / f"{i}.png")
+        (maps / f"{i}.png").write_bytes(encode_segment_ids(ids))
+        pictures.append({"id": i, "file_name": f"{i}.png"})
+        listed = [{"id": a, "category_id": b, "iscrowd": c} for a, b, c in segments]
+        annotations.append({"image_id": i, "file_name": f"{i}.png", "segments_info": listed})
+    data = {"images": pictures, "annotations": annotations, "categories": CATEGORIES}
+    listing.write_text(json.dumps(data))
+    return root
