@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import platform
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -58,6 +59,7 @@ def predict_all(
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if running == "local":
             options["include_dashboard"] = False
+        _knock(running)
         try:
             with _hidden_stderr():  # one line that the log level was set
                 ray.init(address=running, **options)
@@ -104,6 +106,22 @@ def predict_all(
         logger.setLevel(level)
         if started:
             ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Refuse HOST:PORT, or ray://HOST:PORT, where nobody listens: Ray itself asks for more than a minute.
+
+    Raises:
+        ConfigError: no answer within ten seconds.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto", "local" or a name of Ray's
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ConfigError(f"No Ray cluster answers at '{address}' ({reason}); start one or leave it out.") from error
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -97,6 +98,22 @@ def test_what_ray_cannot_do(model: Path, tmp_path: Path, monkeypatch: pytest.Mon
     answer = CliRunner().invoke(app, [*arguments, "--engine", "ray"])
     assert answer.exit_code == 2
     assert "infoclip[ray]" in answer.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["{}", "ray://{}"])
+def test_an_address_where_nobody_listens_is_told_at_once(model: Path, tmp_path: Path, form: str) -> None:
+    pytest.importorskip("ray")
+    write_pictures(tmp_path / "in", 1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # bound and not listening: nobody else can take the port meanwhile
+        address = form.format(f"127.0.0.1:{free.getsockname()[1]}")
+        arguments = ["predict", str(model), str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--classes", "a"]
+        begun = time.monotonic()
+        answer = CliRunner().invoke(app, [*arguments, "--engine", "ray", "--address", address])
+    assert answer.exit_code == 2
+    assert f"No Ray cluster answers at '{address}' (Connection refused); start one or leave it out." in answer.stderr
+    assert time.monotonic() - begun < 60  # Ray is imported, and not asked
     assert not (tmp_path / "out").exists()
 
 
