@@ -63,7 +63,7 @@ def draw(curves: dict[str, list[float]], file: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     from bench.report import save
-    from infoclip.report.curves import SERIES_COLORS
+    from infoclip.report.curves import SERIES_COLORS, quiet_axes
 
     figure = Figure(figsize=(7.0, 4.6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
@@ -81,9 +81,7 @@ def draw(curves: dict[str, list[float]], file: Path) -> list[Path]:
     below.set_ylabel(f"relative difference\nto {base}")
     below.set_xlabel("step")
     for axis in (above, below):
-        axis.grid(color="#888888", alpha=0.25, linewidth=0.7)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
+        quiet_axes(axis)
     return save(figure, file)
 
 

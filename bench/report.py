@@ -233,13 +233,12 @@ MARKERS = {"reference": "o", "native": "s", "triton": "^"}
 def _panels(count: int, height: float = 3.4) -> tuple[Figure, list[Any]]:
     from matplotlib.figure import Figure
 
+    from infoclip.report.curves import quiet_axes
+
     figure = Figure(figsize=(max(3.5 * count, 7.0) + 0.3, height), layout="constrained")
     axes = list(figure.subplots(1, count, squeeze=False)[0])
     for axis in axes:
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
-        axis.grid(color="#888888", alpha=0.25, linewidth=0.7)
-        axis.set_axisbelow(True)
+        quiet_axes(axis)
         axis.set_xscale("log")
         axis.set_yscale("log")
     return figure, axes

@@ -8,12 +8,12 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["SERIES_COLORS", "Series", "bar_chart", "line_chart"]
+__all__ = ["SERIES_COLORS", "Series", "bar_chart", "line_chart", "quiet_axes"]
 
 SERIES_COLORS = ("#8a8f98", "#3b8bd6", "#e07a1f", "#1fa37a", "#c45ab3", "#b59a12")
 """Colours of series in their order: readable on white and on black, and apart for colour-blind eyes."""
@@ -105,11 +105,16 @@ def _figure(size: tuple[float, float]) -> tuple[Figure, Any]:
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
+    quiet_axes(axes, "y")
+    return figure, axes
+
+
+def quiet_axes(axes: Any, grid: Literal["both", "x", "y"] = "both") -> None:
+    """The look of every plot: no frame above and on the right, a faint grid behind what is drawn."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.grid(axis="y", color="#888888", alpha=0.25, linewidth=0.7)
+    axes.grid(axis=grid, color="#888888", alpha=0.25, linewidth=0.7)
     axes.set_axisbelow(True)
-    return figure, axes
 
 
 def _svg(figure: Figure, label: str) -> str:
