@@ -273,7 +273,7 @@ def roofline(found: Results, device: str) -> Figure | None:
     if not runs or not dtypes:
         return None
     ops = list(dict.fromkeys(row["op"] for row in told))
-    colors = [*SERIES_COLORS[1:], "#7b4fb3", "#8c564b"]  # one an op
+    colors = [*SERIES_COLORS[1:], "#7b4fb3", "#8c564b", "#d62f3b"]  # one an op
     figure, axes = _panels(len(dtypes), 3.9)
     for axis, dtype in zip(axes, dtypes, strict=True):
         copy = max(run.rates.get((device, "copy"), 0.0) for run in runs)
