@@ -45,6 +45,7 @@ def predict_all(
 
     Raises:
         ConfigError: Ray is not installed, the address does not answer, or the cluster has no GPU for ``cuda``.
+        InfoclipError: Ray gave up on the work: its workers cannot start, say, or die again and again.
     """
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ logs notes on restarts as errors
     try:
@@ -65,12 +66,15 @@ def predict_all(
                 ray.init(address=running, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ConfigError(f"No Ray cluster answers at '{running}' ({first}); start one or leave it out.") from error
+            token = "" if "RAY_AUTH_MODE" in os.environ else ", set RAY_AUTH_MODE=token if it asks for Ray's token"
+            raise ConfigError(
+                f"No Ray cluster answers at '{running}' ({first.rstrip('.')}); start one{token}, or leave it out."
+            ) from error
     context = ray.data.DataContext.get_current()
     shown, context.enable_progress_bars = context.enable_progress_bars, False
     logger = logging.getLogger("ray.data")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)  # what ends the run is said once, by this package
     try:
         found = ray.cluster_resources()
         gpus, cpus = int(found.get("GPU", 0)), int(found.get("CPU", 1))
@@ -101,6 +105,11 @@ def predict_all(
             if isinstance(result, InfoclipError):
                 raise result
             yield result
+    except ray.exceptions.RayError as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InfoclipError(
+            f"The Ray cluster gave up ({first.rstrip('.:')}); what is written stays, and the same command goes on."
+        ) from error
     finally:
         context.enable_progress_bars = shown
         logger.setLevel(level)
@@ -121,7 +130,7 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ConfigError(f"No Ray cluster answers at '{address}' ({reason}); start one or leave it out.") from error
+        raise ConfigError(f"No Ray cluster answers at '{address}' ({reason}); start one, or leave it out.") from error
 
 
 @contextlib.contextmanager

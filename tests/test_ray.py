@@ -112,9 +112,41 @@ def test_an_address_where_nobody_listens_is_told_at_once(model: Path, tmp_path: 
         begun = time.monotonic()
         answer = CliRunner().invoke(app, [*arguments, "--engine", "ray", "--address", address])
     assert answer.exit_code == 2
-    assert f"No Ray cluster answers at '{address}' (Connection refused); start one or leave it out." in answer.stderr
+    assert f"No Ray cluster answers at '{address}' (Connection refused); start one, or leave it out." in answer.stderr
     assert time.monotonic() - begun < 60  # Ray is imported, and not asked
     assert not (tmp_path / "out").exists()
+
+
+def test_ray_that_cannot_is_one_sentence(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray, data = pytest.importorskip("ray"), pytest.importorskip("ray.data")
+
+    class Broken:
+        def map_batches(self, *_: object, **__: object) -> Broken:
+            return self
+
+        def iter_rows(self) -> None:
+            raise ray.exceptions.RayError("The actor died.\nIt was cancelled.")
+
+    def refused(**_: object) -> None:
+        raise ConnectionError("Failed to connect.\nMore of it.")
+
+    write_pictures(tmp_path / "in", 1)
+    arguments = ["predict", str(model), str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--classes", "a",
+                 "--engine", "ray"]  # fmt: skip
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setattr(ray, "init", refused)
+    answer = CliRunner().invoke(app, [*arguments, "--address", "auto"])
+    assert answer.exit_code == 2
+    assert (
+        "No Ray cluster answers at 'auto' (Failed to connect); start one, set RAY_AUTH_MODE=token if it asks for Ray's "
+        "token, or leave it out." in answer.stderr
+    )
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(data, "from_items", lambda *_, **__: Broken())
+    answer = CliRunner().invoke(app, arguments)
+    assert answer.exit_code == 2
+    assert "The Ray cluster gave up (The actor died); what is written stays" in answer.stderr
 
 
 def test_a_worker_takes_the_callers_relative_paths_and_tells_a_fault(
