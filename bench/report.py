@@ -158,9 +158,10 @@ def summary(found: Results) -> str:
     ]
     published = [r for r in found.rows if r["published"] and r["part"] == "both"]
     ops = dict.fromkeys(r["op"] for r in (*found.errors, *published, *found.aot))
+    rooms = {suite.title: suite.op for suites in harness.all_suites().values() for suite in suites}
     for op in ops:
+        room = rooms.get(op, op)
         for backend, device in (("reference", "cpu"), ("native", "cpu"), ("native", "cuda"), ("triton", "cuda")):
-            room = next((r for r in harness.all_suites() if op.startswith(r)), op)
             if (backend, device) == ("native", "cuda") and not _compiled(found.aot, room, "cuda"):
                 continue
             if room in kernels.ops() and backend not in kernels.OPS[room].backends:
