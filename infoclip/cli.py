@@ -563,7 +563,11 @@ def predict(
     for fault in done.faults:
         print(f"skipped: {fault}", file=sys.stderr)
     if done.faults:
-        raise DataError(f"{len(done.faults):,} could not be used and were skipped; the others are in {out}.")
+        count, others = len(done.faults), done.results or done.kept
+        raise DataError(
+            f"{count:,} could not be used and {'was' if count == 1 else 'were'} skipped; "
+            + (f"the others are in {out}." if others else "there was no other, and nothing is written.")
+        )
 
 
 @app.command()

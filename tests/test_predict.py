@@ -94,8 +94,13 @@ def test_a_bad_file_is_reported_and_the_rest_go_on(model: Path, tmp_path: Path) 
     answer = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
     assert answer.exit_code == 2
     assert answer.stderr.count("skipped: ") == 2
-    assert "2 could not be used and were skipped" in answer.stderr
+    assert "2 could not be used and were skipped; the others are in" in answer.stderr
     assert len(list((tmp_path / "cli").iterdir())) == 6
+    arguments[2:3], arguments[-1] = [str(tmp_path / "in" / "cut.png")], str(tmp_path / "none")
+    answer = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
+    assert answer.exit_code == 2
+    assert "1 could not be used and was skipped; there was no other, and nothing is written." in answer.stderr
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_is_done_is_not_done_again(model: Path, tmp_path: Path) -> None:
