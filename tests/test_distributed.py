@@ -235,6 +235,8 @@ def test_an_interrupt_ends_all(place: Path, tmp_path: Path) -> None:
     with subprocess.Popen(
         [*command, "--processes", "2", "--quiet"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
+        # A shell has what it starts in the background ignore the interrupt, and all below it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as run:  # fmt: skip
         try:
             until, log = time.monotonic() + 300, out / "log.jsonl"
