@@ -67,9 +67,7 @@ def predict_all(
         except (ConnectionError, RuntimeError, ValueError) as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             token = "" if "RAY_AUTH_MODE" in os.environ else ", set RAY_AUTH_MODE=token if it asks for Ray's token"
-            raise ConfigError(
-                f"No Ray cluster answers at '{running}' ({first.rstrip('.')}); start one{token}, or leave it out."
-            ) from error
+            raise _no_cluster(running, first.rstrip("."), token) from error
     context = ray.data.DataContext.get_current()
     shown, context.enable_progress_bars = context.enable_progress_bars, False
     logger = logging.getLogger("ray.data")
@@ -130,7 +128,11 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ConfigError(f"No Ray cluster answers at '{address}' ({reason}); start one, or leave it out.") from error
+        raise _no_cluster(address, reason) from error
+
+
+def _no_cluster(address: str, reason: str, advice: str = "") -> ConfigError:
+    return ConfigError(f"No Ray cluster answers at '{address}' ({reason}); start one{advice}, or leave it out.")
 
 
 @contextlib.contextmanager
