@@ -114,7 +114,8 @@ const OpenMp* openmp() { return nullptr; }
 }  // namespace
 
 Team::Team(int threads, int64_t useful)
-    : wanted_(static_cast<int>(std::max<int64_t>(std::min<int64_t>(threads, useful), 1) - 1)), pool_(wanted_ > 0 && openmp() != nullptr) {
+    : wanted_(static_cast<int>(std::max<int64_t>(std::min<int64_t>(threads, useful), 1) - 1)),
+      pool_(wanted_ > 0 && openmp() != nullptr) {
   if (wanted_ == 0) return;
   if (pool_) {
     openmp()->start(&Team::enter, this, static_cast<unsigned>(threads));

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["check_floats", "check_one_device", "check_scale", "check_tensors", "check_whole_numbers"]
+__all__ = ["check_floats", "check_int", "check_one_device", "check_scale", "check_tensors", "check_whole_numbers"]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -59,6 +59,16 @@ def check_one_device(**values: Tensor) -> None:
         (first, where), *others = ((name, value.device) for name, value in values.items())
         places = "".join(f", {name} on {device}" for name, device in others)
         raise ValueError(f"{first} is on {where}{places}: expected one device")
+
+
+def check_int(name: str, value: int) -> None:
+    """Refuse what is no whole number.
+
+    Raises:
+        TypeError: another type; bool is one.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}")
 
 
 def check_scale(name: str, value: float) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from infoclip.kernels import choose, register_room
-from infoclip.kernels.arguments import check_floats, check_one_device, check_scale
+from infoclip.kernels.arguments import check_floats, check_int, check_one_device, check_scale
 
 from . import embedding, native_impl, op, reference, triton_impl
 
@@ -92,8 +92,7 @@ def cost_volume_topk(
     """
     image_feats, text_feats, dtype, scale = _inputs(image_feats, text_feats, temperature)
     total = text_feats.shape[-3]
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k: expected a whole number, got {type(k).__name__}")
+    check_int("k", k)
     if not 1 <= k <= total:
         raise ValueError(f"k: expected 1 to {total}, the number of classes, got {k}")
     if not image_feats.shape[1] or not text_feats.shape[-2]:
@@ -150,10 +149,10 @@ def cost_embedding(
         raise ValueError(f"grid: expected (h, w) with h w = {image_feats.shape[1]}, got {tuple(grid)}")
     if not weight.shape[0] or not prompts or not image_feats.shape[-1]:
         raise ValueError("weight, prompts and embeddings: expected at least one channel, prompt and entry")
-    if class_chunk is not None and (isinstance(class_chunk, bool) or not isinstance(class_chunk, int)):
-        raise TypeError(f"class_chunk: expected a whole number, got {type(class_chunk).__name__}")
-    if class_chunk is not None and class_chunk < 1:
-        raise ValueError(f"class_chunk: expected at least 1, got {class_chunk}")
+    if class_chunk is not None:
+        check_int("class_chunk", class_chunk)
+        if class_chunk < 1:
+            raise ValueError(f"class_chunk: expected at least 1, got {class_chunk}")
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     chosen = choose("cost_volume", backend, image_feats.device.type, dtype)
     size = (int(grid[0]), int(grid[1]))

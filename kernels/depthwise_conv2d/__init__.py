@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from infoclip.kernels import choose, register_room
-from infoclip.kernels.arguments import check_floats, check_one_device
+from infoclip.kernels.arguments import check_floats, check_int, check_one_device
 
 from . import native_impl, op
 from .reference import depthwise_conv2d as reference
@@ -45,7 +45,8 @@ def depthwise_conv2d(
         backend: ``reference``, ``native`` or ``auto``; None asks ``INFOCLIP_BACKEND``, then ``auto``.
 
     Raises:
-        TypeError: an argument that is no floating-point tensor, or unlike dtypes (outside autocast).
+        TypeError: an argument that is no dense floating-point tensor, unlike dtypes (outside autocast), or a dilation
+            that is no whole number.
         ValueError: shapes or devices that do not go together, an empty axis, an even kernel, a dilation below 1, an
             unknown backend.
         infoclip.kernels.BackendUnavailableError: the backend asked for by name cannot run here.
@@ -53,8 +54,7 @@ def depthwise_conv2d(
     given = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
     check_floats(**given)
     check_one_device(**given)
-    if isinstance(dilation, bool) or not isinstance(dilation, int):
-        raise TypeError(f"dilation: expected a whole number, got {type(dilation).__name__}")
+    check_int("dilation", dilation)
     if x.dim() != 4 or not x.numel():
         raise ValueError(f"x: expected [B, C, H, W] with at least one of everything, got {list(x.shape)}")
     channels = x.shape[1]

@@ -73,7 +73,8 @@ def infonce(
         backend: ``reference``, ``triton``, ``native`` or ``auto``; None asks ``INFOCLIP_BACKEND``, then ``auto``.
 
     Raises:
-        TypeError: samples that are no floating-point tensors, or indices that are no whole numbers.
+        TypeError: samples that are no dense floating-point tensors, indices that are no whole numbers, a temperature
+            that is no number, or ``symmetric`` that is no bool.
         ValueError: shapes or devices that do not go together, an empty axis, a number as temperature that is not above
             0, an unknown backend and, on the CPU, an index outside 0 .. M - 1 (on a GPU the check would stall the
             device; such an index gives a loss that is NaN there).

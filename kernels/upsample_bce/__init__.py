@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from infoclip.kernels import choose, register_room
-from infoclip.kernels.arguments import check_floats, check_one_device, check_whole_numbers
+from infoclip.kernels.arguments import check_floats, check_int, check_one_device, check_whole_numbers
 
 from . import native_impl, op, triton_impl
 from .reference import upsample_bce as reference
@@ -48,7 +48,8 @@ def upsample_bce(
         backend: ``reference``, ``triton``, ``native`` or ``auto``; None asks ``INFOCLIP_BACKEND``, then ``auto``.
 
     Raises:
-        TypeError: logits that are no floating-point tensor, or labels that are not whole numbers.
+        TypeError: logits that are no dense floating-point tensor, or labels or an ``ignore_index`` that are not
+            whole numbers.
         ValueError: shapes or devices that do not go together, an empty axis, another ``ignored``, an unknown backend
             and, for labels on the CPU, a label that is neither a class nor ``ignore_index`` (on a GPU the check would
             stall the device; such labels count as ignored there).
@@ -56,8 +57,7 @@ def upsample_bce(
     """
     check_floats(logits=logits)
     check_whole_numbers(target=target)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: expected a whole number, got {type(ignore_index).__name__}")
+    check_int("ignore_index", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index: expected a number of 64 bits, as labels are, got {ignore_index}")
     if logits.dim() != 4:
